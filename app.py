@@ -1,0 +1,292 @@
+"""Serve the trained model over HTTP: JSON for programs, metrics for operators, a page for people.
+
+`python app.py` runs a production server; HOST, PORT and WORKERS in the environment set its address (0.0.0.0
+for all interfaces), its port and its number of processes. `flask --app app run` runs Flask's own server.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import joblib
+from flask import Flask, Response, abort, g, render_template, request
+from granian import Granian
+from granian.constants import Interfaces
+from sklearn.base import BaseEstimator
+from werkzeug.exceptions import HTTPException
+
+from score import check_threshold, explain, load_card, load_model, score, score_batch
+
+LARGEST_BODY = 2**20  # bytes
+LARGEST_BATCH = 1000  # texts
+NUMBER_IN_STRING = re.compile(r"0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]?")
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
+class Metrics:
+    """What the service counts, in the form that Prometheus reads.
+
+    With PROMETHEUS_MULTIPROC_DIR in the environment, each process counts into files of its own in that
+    folder, and any of them answers with the sum; without, each has its own counts.
+    """
+
+    def __init__(self, card: dict[str, Any]):
+        # Imported here, because the library looks for that folder when it is imported, and serve() makes it.
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        requests = Counter(
+            "http_requests", "Requests answered.", ("method", "path", "status"), registry=self.registry
+        )
+        seconds = Histogram(
+            "http_request_duration_seconds",
+            "Time to answer a request.",
+            ("path",),
+            buckets=(
+                0.0001,
+                0.00025,
+                0.0005,
+                0.001,
+                0.0025,
+                0.005,
+                0.01,
+                0.025,
+                0.05,
+                0.1,
+                0.25,
+                0.5,
+                1,
+                2.5,
+            ),
+            registry=self.registry,
+        )
+        predictions = Counter(
+            "spam_predictions", "Texts scored, by prediction.", ("prediction",), registry=self.registry
+        )
+        self.predictions = {True: predictions.labels("spam"), False: predictions.labels("ham")}
+        self.propensity = Histogram(
+            "spam_propensity",
+            "Propensities of the texts scored.",
+            buckets=[tenth / 10 for tenth in range(1, 11)],
+            registry=self.registry,
+        )
+        model = Gauge(
+            "spam_model_info",
+            "The model in use.",
+            ("name", "sha256"),
+            multiprocess_mode="max",
+            registry=self.registry,
+        )
+        model.labels(card["name"], card["sha256"]).set(1)
+        self.requests = cache(requests.labels)
+        self.seconds = cache(seconds.labels)
+
+    def answered(self, method: str, path: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests(method, path, status).inc()
+        self.seconds(path).observe(seconds)
+
+    def scored(self, prediction: bool, propensity: float) -> None:
+        """Count a text."""
+        self.predictions[prediction].inc()
+        self.propensity.observe(propensity)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Return the counts and their content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = self.registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None = None) -> Flask:
+    """Make the web application.
+
+    Args:
+        model: a fitted estimator, as `score.score` takes it; the saved one if None.
+        card: its `name`, `sha256`, default `threshold` and `operating_points` (what precision and recall each
+            threshold buys); the saved one if None.
+
+    Raises:
+        FileNotFoundError, ValueError: the saved model cannot be loaded.
+    """
+    model = load_model() if model is None else model
+    card = load_card() if card is None else card
+    score(
+        "", model, card["threshold"]
+    )  # a model that cannot score fails here, and is folded before workers fork
+    metrics = Metrics(card)
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
+    app.json.sort_keys = False
+
+    @app.before_request
+    def start_clock() -> None:
+        g.started = perf_counter()
+
+    @app.after_request
+    def count(response: Response) -> Response:
+        # Whatever else a client may send as a path or a method must not become a new series.
+        path = request.url_rule.rule if request.url_rule else "other"
+        method = request.method if request.method in METHODS else "other"
+        metrics.answered(method, path, response.status_code, perf_counter() - g.started)
+        return response
+
+    @app.errorhandler(HTTPException)
+    def explain_error(error: HTTPException) -> Response:
+        response = error.get_response()
+        if error.code >= 400:
+            response.data = app.json.dumps({"error": error.description})
+            response.content_type = "application/json"
+        return response
+
+    @app.post("/score")
+    def score_one() -> dict[str, Any]:
+        fields = read_fields()
+        text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        prediction, propensity = score(text, model, threshold)
+        metrics.scored(prediction, propensity)
+        return {"prediction": prediction, "propensity": propensity, "threshold": threshold}
+
+    @app.post("/score/batch")
+    def score_many() -> dict[str, Any]:
+        fields = read_fields()
+        texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
+        results = score_batch(texts, model, threshold)
+        for prediction, propensity in results:
+            metrics.scored(prediction, propensity)
+        return {
+            "results": [
+                {"prediction": prediction, "propensity": propensity} for prediction, propensity in results
+            ],
+            "threshold": threshold,
+        }
+
+    @app.post("/explain")
+    def explain_one() -> dict[str, Any]:
+        fields = read_fields()
+        text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        prediction, propensity = score(text, model, threshold)
+        return {
+            "prediction": prediction,
+            "propensity": propensity,
+            "threshold": threshold,
+            "contributions": explain(text, model),
+        }
+
+    @app.get("/")
+    def index() -> str:
+        return render_template("index.html", card=card)
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        return {"status": "ok", "model": card["name"], "sha256": card["sha256"]}
+
+    @app.get("/metrics")
+    def expose_metrics() -> Response:
+        content, content_type = metrics.exposition()
+        return Response(content, content_type=content_type)
+
+    @app.get("/openapi.json")
+    def openapi() -> Response:
+        return app.send_static_file("openapi.json")
+
+    @app.get("/docs")
+    def docs() -> str:
+        specification = json.loads((Path(app.static_folder) / "openapi.json").read_bytes())
+        return render_template("docs.html", specification=specification)
+
+    return app
+
+
+def read_fields() -> dict[str, Any]:
+    """Return the fields of the request's JSON object or form; 400 or 415 where there is none."""
+    if request.mimetype in FORMS:
+        return request.form.to_dict()
+    if not request.is_json:
+        abort(415, "send JSON (Content-Type: application/json) or a form")
+    try:
+        fields = json.loads(request.get_data(cache=False))
+    except (ValueError, RecursionError) as error:
+        abort(400, f"the body is not valid JSON: {error}")
+    if not isinstance(fields, dict):
+        abort(400, 'the body must be a JSON object, such as {"text": "..."}')
+    return fields
+
+
+def read_text(fields: dict[str, Any]) -> str:
+    """Return the text of a request; 400 where there is none."""
+    if "text" not in fields:
+        abort(400, "text is missing")
+    if not isinstance(fields["text"], str):
+        abort(400, "text must be a string")
+    return fields["text"]
+
+
+def read_texts(fields: dict[str, Any]) -> list[str]:
+    """Return the texts of a batch; 400 where there are none, 413 where there are too many."""
+    if "texts" not in fields:
+        abort(400, "texts is missing")
+    texts = fields["texts"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        abort(400, "texts must be a JSON array of strings")
+    if len(texts) > LARGEST_BATCH:
+        abort(413, f"a batch holds at most {LARGEST_BATCH} texts, not {len(texts)}")
+    return texts
+
+
+def read_threshold(fields: dict[str, Any], default: float) -> float:
+    """Return the threshold of a request, by default the model's own; 400 where it is not in [0, 1]."""
+    threshold = fields.get("threshold", default)
+    if isinstance(threshold, str):
+        if not NUMBER_IN_STRING.fullmatch(threshold):
+            abort(400, "threshold must be a number between 0 and 1")
+        threshold = float(threshold)
+    try:
+        check_threshold(threshold)
+    except (TypeError, ValueError) as error:
+        abort(400, str(error))
+    return float(threshold)
+
+
+@cache
+def load_app() -> Flask:
+    """Return the application of this process with the saved model."""
+    return create_app()
+
+
+def serve() -> None:
+    """Run the production server until SIGTERM or Ctrl-C; requests in flight are answered before it ends."""
+    for early in (signal.SIGINT, signal.SIGTERM):  # until the server takes over
+        signal.signal(early, lambda *_: sys.exit())
+    # Memory where there is some: a container's file system may be read-only, and each request counts into it.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="spam-metrics-", dir=memory) as counts:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+        load_app()  # before the workers fork, so that they share it
+        Granian(
+            "app",
+            address=os.environ.get("HOST", "127.0.0.1"),
+            port=int(os.environ.get("PORT", "5000")),
+            interface=Interfaces.WSGI,
+            workers=int(os.environ.get("WORKERS", joblib.cpu_count())),
+            blocking_threads=1,
+        ).serve(target_loader=load_app, wrap_loader=False)
+
+
+if __name__ == "__main__":
+    serve()
+else:
+    app = load_app()

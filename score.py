@@ -1,0 +1,430 @@
+"""Score texts with a trained model: the propensity of spam, and the decision at a threshold.
+
+Any fitted scikit-learn estimator that takes raw texts can be scored. A logistic regression over bags of words
+or characters, the kind of model that is saved in ``models/``, is folded into dictionaries on its first use: a
+message needs a few hundred look-ups and additions, and the `predict_proba` of scikit-learn spends far longer
+on validating than on those.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from numbers import Real
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import joblib
+import numpy as np
+import sklearn
+from sklearn.base import BaseEstimator
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import FeatureUnion, Pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.extmath import safe_sparse_dot
+
+MODEL_PATH = Path(__file__).resolve().parent / "models" / "best_model.joblib"
+WORDS_REMEMBERED = 2**14
+LONGEST_WORD_REMEMBERED = 32
+
+
+def score(text: str, model: BaseEstimator, threshold: float) -> tuple[bool, float]:
+    """Decide whether a text is spam.
+
+    Args:
+        text: one message, as the user typed it; an empty one is a message too.
+        model: a fitted estimator or pipeline that takes raw texts and tells two classes apart, the second in
+            its `classes_` being spam. Its `predict_proba` is the propensity, or where it has none, the
+            logistic function of its `decision_function`.
+        threshold: the propensity, in [0, 1], from which a text is spam. At 0 every text is, at 1 none.
+
+    Returns:
+        The prediction, True for spam, and the propensity, in [0, 1].
+
+    Raises:
+        TypeError: an argument is not of its type.
+        ValueError: the threshold is outside [0, 1], or the model does not tell two classes apart.
+        sklearn.exceptions.NotFittedError: the model is not fitted.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, not {type(text).__name__}")
+    check_threshold(threshold)
+    folded = _folded(model)
+    propensity = _propensities([text], model)[0] if folded is None else folded.propensity(text)
+    return threshold <= propensity and threshold < 1, propensity
+
+
+def score_batch(texts: Sequence[str], model: BaseEstimator, threshold: float) -> list[tuple[bool, float]]:
+    """Decide on many texts at once.
+
+    Args:
+        texts: the messages.
+        model: as in `score`.
+        threshold: as in `score`, the same for all texts.
+
+    Returns:
+        A prediction and a propensity for each text, in the order of the texts.
+
+    Raises:
+        TypeError, ValueError, sklearn.exceptions.NotFittedError: as in `score`.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of strings, not one string")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}] must be a string, not {type(text).__name__}")
+    check_threshold(threshold)
+    folded = _folded(model)
+    propensities = _propensities(texts, model) if folded is None else map(folded.propensity, texts)
+    return [(threshold <= propensity and threshold < 1, propensity) for propensity in propensities]
+
+
+def explain(text: str, model: BaseEstimator) -> list[float] | None:
+    """Tell how much each character of a text pushed it towards spam.
+
+    The log-odds of a linear model are a sum over the words and n-grams of the text; what each of them adds is
+    shared out evenly over its characters.
+
+    Args:
+        text: one message.
+        model: as in `score`.
+
+    Returns:
+        Natural log-odds for each character of the text, positive towards spam, negative towards ham; with the
+        intercept of the model they add up to the log-odds of the propensity. None if the model is not linear
+        in the words and n-grams of the text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, not {type(text).__name__}")
+    folded = _folded(model)
+    return None if folded is None else folded.contributions(text)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise TypeError or ValueError unless the threshold is a number in [0, 1]."""
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+        raise TypeError(f"threshold must be a number, not {type(threshold).__name__}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be between 0 and 1, not {threshold}")
+
+
+def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
+    """Read the card of a saved model: its name, versions, metrics, threshold and checksum.
+
+    Args:
+        path: the model's joblib file; the card lies beside it and ends in .json.
+
+    Raises:
+        FileNotFoundError: there is no card.
+        ValueError: the card is not JSON.
+    """
+    card_path = Path(path).with_suffix(".json")
+    try:
+        return json.loads(card_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{card_path} is missing: train.ipynb writes it with the model") from None
+    except ValueError as error:
+        raise ValueError(f"{card_path} is not valid JSON ({error}): run train.ipynb again") from None
+
+
+def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
+    """Load a saved model, after checking that it is the one its card describes.
+
+    A pickle can run any code when it is read, and works only in the version of scikit-learn that wrote it, so
+    both are checked before.
+
+    Args:
+        path: the model's joblib file; the card lies beside it and ends in .json.
+
+    Raises:
+        FileNotFoundError: the model or its card is missing.
+        ValueError: the file is not the one of the card, or is from another version of scikit-learn.
+    """
+    path = Path(path)
+    card = load_card(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: train.ipynb writes it") from None
+    if hashlib.sha256(content).hexdigest() != card.get("sha256"):
+        raise ValueError(
+            f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both"
+        )
+    saved_with = card.get("versions", {}).get("scikit-learn")
+    if saved_with != sklearn.__version__:
+        raise ValueError(
+            f"{path} was saved with scikit-learn {saved_with}, but {sklearn.__version__} is installed: "
+            "run pip install -r requirements.txt"
+        )
+    return joblib.load(io.BytesIO(content))
+
+
+def _propensities(texts: list[str], model: BaseEstimator) -> list[float]:
+    """Score texts through scikit-learn."""
+    if isinstance(model, type) or not (
+        hasattr(model, "predict_proba") or hasattr(model, "decision_function")
+    ):
+        raise TypeError(
+            "model must be a fitted estimator with predict_proba or decision_function, "
+            f"not {model.__name__ if isinstance(model, type) else type(model).__name__}"
+        )
+    if not texts:
+        return []
+    if hasattr(model, "predict_proba"):
+        propensities = np.asarray(model.predict_proba(texts))
+        if propensities.shape != (len(texts), 2):
+            raise ValueError(f"model must tell two classes apart, not {propensities.shape[-1]}")
+        return propensities[:, 1].tolist()
+    decisions = np.asarray(model.decision_function(texts))
+    if decisions.shape != (len(texts),):
+        raise ValueError(f"model must tell two classes apart, not {decisions.shape[-1]}")
+    return [_logistic(decision) for decision in decisions.tolist()]
+
+
+def _logistic(decision: float) -> float:
+    if decision >= 0:
+        return 1 / (1 + math.exp(-decision))
+    odds = math.exp(decision)
+    return odds / (1 + odds)
+
+
+class _FoldedVectorizer:
+    """One vectorizer with its coefficients folded into dictionaries over its vocabulary.
+
+    What a text adds to the decision is sum(tf * weight), divided by sqrt(sum(tf**2 * square)) where the
+    vectorizer normalises. Both sums are first taken as if every occurrence of a term were its only one, then
+    corrected for the few terms that occur again.
+    """
+
+    def __init__(self, vectorizer: CountVectorizer, coefficients: np.ndarray):
+        is_tfidf = type(vectorizer) is TfidfVectorizer
+        idf = vectorizer.idf_ if is_tfidf and vectorizer.use_idf else np.ones(len(coefficients))
+        vocabulary = vectorizer.vocabulary_
+        self.weight = dict(
+            zip(vocabulary, (idf * coefficients)[list(vocabulary.values())].tolist(), strict=True)
+        )
+        self.square = dict(zip(vocabulary, (idf**2)[list(vocabulary.values())].tolist(), strict=True))
+        self.normalises = is_tfidf and vectorizer.norm == "l2"
+        self.frequency = float
+        if vectorizer.binary:
+            self.frequency = _once
+        elif is_tfidf and vectorizer.sublinear_tf:
+            self.frequency = _sublinear
+        self.counts_matter = self.normalises or self.frequency is not float
+
+        self.preprocess = vectorizer.build_preprocessor()
+        self.min_n, self.max_n = vectorizer.ngram_range
+        self.analyzer = vectorizer.analyzer
+        if self.analyzer == "char_wb":
+            self.known_terms = self._known_terms_by_word
+            self.term = {term: term for term in vocabulary}
+            self.remembered_word = lru_cache(WORDS_REMEMBERED)(self._word)
+        else:
+            self.analyze = vectorizer.build_analyzer()
+        if self.analyzer == "word":
+            self.token = re.compile(vectorizer.token_pattern)
+            self.stop_words = vectorizer.get_stop_words() or ()
+
+    def decision(self, text: str) -> float:
+        """Return the log-odds that a text adds to the decision."""
+        terms, dot, square = self.known_terms(text)
+        if self.counts_matter:
+            counts = Counter(terms)
+            if len(counts) < len(terms):
+                for term, count in counts.items():
+                    if count > 1:
+                        tf = self.frequency(count)
+                        dot += (tf - count) * self.weight[term]
+                        square += (tf * tf - count) * self.square[term]
+        return dot / math.sqrt(square) if self.normalises and terms else dot
+
+    def known_terms(self, text: str) -> tuple[list[str], float, float]:
+        """Return the terms of a text that are in the vocabulary, their sum of weights and of squares."""
+        weight, square = self.weight, self.square
+        terms = [term for term in self.analyze(text) if term in weight]
+        return terms, sum([weight[term] for term in terms]), sum([square[term] for term in terms])
+
+    def _known_terms_by_word(self, text: str) -> tuple[list[str], float, float]:
+        # No n-gram of char_wb crosses a space, so what a word adds is the same in every text.
+        terms, dot, square = [], 0.0, 0.0
+        for word in self.preprocess(text).split():
+            known = self.remembered_word(word) if len(word) <= LONGEST_WORD_REMEMBERED else self._word(word)
+            terms += known[0]
+            dot += known[1]
+            square += known[2]
+        return terms, dot, square
+
+    def _word(self, word: str) -> tuple[tuple[str, ...], float, float]:
+        padded = f" {word} "
+        # The vocabulary's own strings, so that a remembered word keeps no copies of them.
+        terms = [self.term[gram] for i, j in self._windows(len(padded)) if (gram := padded[i:j]) in self.term]
+        return tuple(terms), sum([self.weight[t] for t in terms]), sum([self.square[t] for t in terms])
+
+    def _windows(self, length: int) -> list[tuple[int, int]]:
+        """Return the start and end of every n-gram in a sequence, as scikit-learn takes them."""
+        sizes = range(self.min_n, min(self.max_n, length) + 1)
+        if self.analyzer == "char_wb" and length < self.min_n:
+            sizes = [length]
+        return [(i, i + n) for n in sizes for i in range(length - n + 1)]
+
+    def add_contributions(self, text: str, log_odds: list[float]) -> None:
+        """Add to each character of a text its share of what the terms around it add to the decision."""
+        document = self.preprocess(text)
+        # A preprocessor may change the length (the lower case of a dotted capital I is two characters).
+        scale = len(text) / max(1, len(document))
+        occurrences = [(term, place) for term, place in self._occurrences(document) if term in self.weight]
+        counts = Counter(term for term, _ in occurrences)
+        norm = 1.0
+        if self.normalises:
+            norm = math.sqrt(
+                sum(self.frequency(count) ** 2 * self.square[term] for term, count in counts.items())
+            )
+        for term, place in occurrences:
+            place = place or range(len(document))
+            share = self.frequency(counts[term]) * self.weight[term] / norm / counts[term] / len(place)
+            for i in place:
+                log_odds[int(i * scale)] += share
+
+    def _occurrences(self, document: str) -> Iterator[tuple[str, Sequence[int]]]:
+        """Yield every term of a preprocessed text with the positions of its characters."""
+        if self.analyzer == "word":
+            found = (
+                (match[match.re.groups], range(*match.span(match.re.groups)))
+                for match in self.token.finditer(document)
+            )
+            tokens = [(token, place) for token, place in found if token not in self.stop_words]
+            for i, j in self._windows(len(tokens)):
+                yield (
+                    " ".join(token for token, _ in tokens[i:j]),
+                    [k for _, place in tokens[i:j] for k in place],
+                )
+        elif self.analyzer == "char_wb":
+            for match in re.finditer(r"\S+", document):
+                padded, place = f" {match[0]} ", range(match.start() - 1, match.end() + 1)
+                for i, j in self._windows(len(padded)):
+                    yield padded[i:j], place[max(i, 1) : min(j, len(padded) - 1)]
+        else:
+            collapsed = re.sub(r"\s\s+", " ", document)
+            place = [
+                i for i, c in enumerate(document) if not (i and c.isspace() and document[i - 1].isspace())
+            ]
+            for i, j in self._windows(len(collapsed)):
+                yield collapsed[i:j], place[i:j]
+
+
+def _once(count: int) -> float:
+    return 1.0
+
+
+def _sublinear(count: int) -> float:
+    return 1 + math.log(count)
+
+
+class _FoldedModel:
+    """A pipeline of vectorizers and a logistic regression, folded."""
+
+    def __init__(self, vectorizers: list[_FoldedVectorizer], intercept: float, fitted: list[BaseEstimator]):
+        self.vectorizers = vectorizers
+        self.intercept = intercept
+        self.decisions = [vectorizer.decision for vectorizer in vectorizers]
+        self.state = [(vars(estimator), vars(estimator).copy()) for estimator in fitted]
+
+    def is_current(self) -> bool:
+        """Tell whether no part of the pipeline was fitted again or given other parameters since.
+
+        A change inside an array or a list is not seen: scikit-learn itself makes new ones.
+        """
+        try:
+            # Attributes are compared by identity first, so this does not look into arrays that are the same.
+            return all([now == then for now, then in self.state])  # noqa: C419, a generator takes twice as long
+        except ValueError:  # two different arrays have no truth value
+            return False
+
+    def propensity(self, text: str) -> float:
+        """Return the probability of spam."""
+        decision = self.intercept
+        for add in self.decisions:
+            decision += add(text)
+        return _logistic(decision)
+
+    def contributions(self, text: str) -> list[float]:
+        """Return what each character adds to the decision, in log-odds."""
+        log_odds = [0.0] * len(text)
+        if text:
+            for vectorizer in self.vectorizers:
+                vectorizer.add_contributions(text, log_odds)
+        return log_odds
+
+
+_folded_models: WeakKeyDictionary[Pipeline, _FoldedModel] = WeakKeyDictionary()
+
+
+def _folded(model: BaseEstimator) -> _FoldedModel | None:
+    """Return the folded form of a model, made on first use, or None where there is none."""
+    if type(model) is not Pipeline:
+        return None
+    folded = _folded_models.get(model)
+    if folded is None or not folded.is_current():
+        folded = _fold(model)
+        if folded is None:
+            _folded_models.pop(model, None)
+        else:
+            _folded_models[model] = folded
+    return folded
+
+
+def _fold(model: Pipeline) -> _FoldedModel | None:
+    """Fold a pipeline of vectorizers and a logistic regression; None for anything else."""
+    if len(model.steps) != 2:
+        return None
+    features, classifier = model.steps[0][1], model.steps[1][1]
+    if type(classifier) is not LogisticRegression or np.shape(getattr(classifier, "coef_", ()))[:1] != (1,):
+        return None
+    fitted = [model, classifier]
+    branches = [(features, 1.0)]
+    if type(features) is FeatureUnion:
+        fitted.append(features)
+        weights = features.transformer_weights or {}
+        branches = [
+            (part, weights.get(name, 1.0)) for name, part in features.transformer_list if part != "drop"
+        ]
+    coefficients = np.asarray(classifier.coef_[0], dtype=np.float64)
+    vectorizers, start = [], 0
+    for branch, weight in branches:
+        projection = None
+        if type(branch) is Pipeline and len(branch.steps) == 2:
+            fitted.append(branch)
+            branch, projection = branch.steps[0][1], branch.steps[1][1]
+            fitted.append(projection)
+            if type(projection) is not FunctionTransformer or projection.func is not safe_sparse_dot:
+                return None
+            projection = projection.kw_args["b"]
+        if not _can_fold(branch):
+            return None
+        fitted.append(branch)
+        if type(branch) is TfidfVectorizer:
+            fitted.append(branch._tfidf)
+        width = len(branch.vocabulary_) if projection is None else projection.shape[1]
+        own = weight * coefficients[start : start + width]
+        start += width
+        vectorizers.append(_FoldedVectorizer(branch, own if projection is None else projection @ own))
+    return _FoldedModel(vectorizers, float(classifier.intercept_[0]), fitted)
+
+
+def _can_fold(vectorizer: BaseEstimator) -> bool:
+    return (
+        type(vectorizer) in (CountVectorizer, TfidfVectorizer)
+        and hasattr(vectorizer, "vocabulary_")
+        and vectorizer.input == "content"
+        and vectorizer.analyzer in ("word", "char", "char_wb")
+        and vectorizer.tokenizer is None
+        and getattr(vectorizer, "norm", None) in (None, "l2")
+        and vectorizer.dtype in (np.float64, np.int64)
+    )
