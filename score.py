@@ -12,8 +12,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.extmath import safe_sparse_dot
 
 MODEL_PATH = Path(__file__).resolve().parent / "models" / "best_model.joblib"
+# Tokens and characters that are the same in a word alone as in the middle of a text.
+WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]", r"\d"}
 WORDS_REMEMBERED = 2**14
 LONGEST_WORD_REMEMBERED = 32
 
@@ -196,7 +199,7 @@ def _logistic(decision: float) -> float:
 
 
 class _FoldedVectorizer:
-    """One vectorizer with its coefficients folded into dictionaries over its vocabulary.
+    """One vectorizer with its coefficients folded into one weight for each term of its vocabulary.
 
     What a text adds to the decision is sum(tf * weight), divided by sqrt(sum(tf**2 * square)) where the
     vectorizer normalises. Both sums are first taken as if every occurrence of a term were its only one, then
@@ -206,66 +209,41 @@ class _FoldedVectorizer:
     def __init__(self, vectorizer: CountVectorizer, coefficients: np.ndarray):
         is_tfidf = type(vectorizer) is TfidfVectorizer
         idf = vectorizer.idf_ if is_tfidf and vectorizer.use_idf else np.ones(len(coefficients))
-        vocabulary = vectorizer.vocabulary_
-        self.weight = dict(
-            zip(vocabulary, (idf * coefficients)[list(vocabulary.values())].tolist(), strict=True)
-        )
-        self.square = dict(zip(vocabulary, (idf**2)[list(vocabulary.values())].tolist(), strict=True))
+        self.index = {term: int(i) for term, i in vectorizer.vocabulary_.items()}
+        self.weight: list[float] = (idf * coefficients).tolist()
+        self.square: list[float] = (idf**2).tolist()
         self.normalises = is_tfidf and vectorizer.norm == "l2"
-        self.frequency = float
+        self.term_frequency: Callable[[int], float] = float
         if vectorizer.binary:
-            self.frequency = _once
+            self.term_frequency = _once
         elif is_tfidf and vectorizer.sublinear_tf:
-            self.frequency = _sublinear
-        self.counts_matter = self.normalises or self.frequency is not float
+            self.term_frequency = _sublinear
+        self.counts_matter = self.normalises or self.term_frequency is not float
 
+        self.analyze = vectorizer.build_analyzer()
+        self.analyzer = vectorizer.analyzer
         self.preprocess = vectorizer.build_preprocessor()
         self.min_n, self.max_n = vectorizer.ngram_range
-        self.analyzer = vectorizer.analyzer
-        if self.analyzer == "char_wb":
-            self.known_terms = self._known_terms_by_word
-            self.term = {term: term for term in vocabulary}
-            self.remembered_word = lru_cache(WORDS_REMEMBERED)(self._word)
-        else:
-            self.analyze = vectorizer.build_analyzer()
-        if self.analyzer == "word":
-            self.token = re.compile(vectorizer.token_pattern)
-            self.stop_words = vectorizer.get_stop_words() or ()
+        self.token = re.compile(vectorizer.token_pattern)
+        self.stop_words = vectorizer.get_stop_words() or ()
+        self.is_wordwise = _is_wordwise(vectorizer)
 
-    def decision(self, text: str) -> float:
-        """Return the log-odds that a text adds to the decision."""
-        terms, dot, square = self.known_terms(text)
-        if self.counts_matter:
-            counts = Counter(terms)
-            if len(counts) < len(terms):
-                for term, count in counts.items():
-                    if count > 1:
-                        tf = self.frequency(count)
-                        dot += (tf - count) * self.weight[term]
-                        square += (tf * tf - count) * self.square[term]
-        return dot / math.sqrt(square) if self.normalises and terms else dot
-
-    def known_terms(self, text: str) -> tuple[list[str], float, float]:
-        """Return the terms of a text that are in the vocabulary, their sum of weights and of squares."""
-        weight, square = self.weight, self.square
-        terms = [term for term in self.analyze(text) if term in weight]
+    def known_terms(self, text: str) -> tuple[Sequence[int], float, float]:
+        """Return the terms of a text that are in the vocabulary, and their sums of weights and of squares."""
+        index, weight, square = self.index, self.weight, self.square
+        terms = [index[term] for term in self.analyze(text) if term in index]
         return terms, sum([weight[term] for term in terms]), sum([square[term] for term in terms])
 
-    def _known_terms_by_word(self, text: str) -> tuple[list[str], float, float]:
-        # No n-gram of char_wb crosses a space, so what a word adds is the same in every text.
-        terms, dot, square = [], 0.0, 0.0
-        for word in self.preprocess(text).split():
-            known = self.remembered_word(word) if len(word) <= LONGEST_WORD_REMEMBERED else self._word(word)
-            terms += known[0]
-            dot += known[1]
-            square += known[2]
-        return terms, dot, square
-
-    def _word(self, word: str) -> tuple[tuple[str, ...], float, float]:
-        padded = f" {word} "
-        # The vocabulary's own strings, so that a remembered word keeps no copies of them.
-        terms = [self.term[gram] for i, j in self._windows(len(padded)) if (gram := padded[i:j]) in self.term]
-        return tuple(terms), sum([self.weight[t] for t in terms]), sum([self.square[t] for t in terms])
+    def decision(self, terms: Sequence[int], dot: float, square: float) -> float:
+        """Return the log-odds that known terms add to the decision."""
+        if self.counts_matter and len(counts := Counter(terms)) < len(terms):
+            weights, squares, term_frequency = self.weight, self.square, self.term_frequency
+            for term, count in counts.items():
+                if count > 1:
+                    tf = term_frequency(count)
+                    dot += (tf - count) * weights[term]
+                    square += (tf * tf - count) * squares[term]
+        return dot / math.sqrt(square) if self.normalises and terms else dot
 
     def _windows(self, length: int) -> list[tuple[int, int]]:
         """Return the start and end of every n-gram in a sequence, as scikit-learn takes them."""
@@ -279,16 +257,15 @@ class _FoldedVectorizer:
         document = self.preprocess(text)
         # A preprocessor may change the length (the lower case of a dotted capital I is two characters).
         scale = len(text) / max(1, len(document))
-        occurrences = [(term, place) for term, place in self._occurrences(document) if term in self.weight]
+        occurrences = [
+            (self.index[term], place) for term, place in self._occurrences(document) if term in self.index
+        ]
         counts = Counter(term for term, _ in occurrences)
-        norm = 1.0
-        if self.normalises:
-            norm = math.sqrt(
-                sum(self.frequency(count) ** 2 * self.square[term] for term, count in counts.items())
-            )
+        tf = {term: self.term_frequency(count) for term, count in counts.items()}
+        norm = math.sqrt(sum(tf[term] ** 2 * self.square[term] for term in tf)) if self.normalises else 1.0
         for term, place in occurrences:
             place = place or range(len(document))
-            share = self.frequency(counts[term]) * self.weight[term] / norm / counts[term] / len(place)
+            share = tf[term] * self.weight[term] / norm / counts[term] / len(place)
             for i in place:
                 log_odds[int(i * scale)] += share
 
@@ -319,10 +296,30 @@ class _FoldedVectorizer:
                 yield collapsed[i:j], place[i:j]
 
 
+def _is_wordwise(vectorizer: CountVectorizer) -> bool:
+    """Tell whether the terms of a text are those of its words, split at white space, one by one."""
+    replace = vectorizer.preprocessor
+    if replace is not None and not (
+        type(replace) is partial
+        and isinstance(pattern := getattr(replace.func, "__self__", None), re.Pattern)
+        and replace.func == pattern.sub
+        and pattern.pattern in WORDWISE_PATTERNS
+        and len(replace.args) == 1
+        and not replace.keywords
+    ):
+        return False
+    if vectorizer.strip_accents is not None:
+        return False
+    if vectorizer.analyzer == "word":
+        return vectorizer.ngram_range == (1, 1) and vectorizer.token_pattern in WORDWISE_PATTERNS
+    return vectorizer.analyzer == "char_wb"
+
+
 def _once(count: int) -> float:
     return 1.0
 
 
+@lru_cache(1024)
 def _sublinear(count: int) -> float:
     return 1 + math.log(count)
 
@@ -332,8 +329,10 @@ class _FoldedModel:
 
     def __init__(self, vectorizers: list[_FoldedVectorizer], intercept: float, fitted: list[BaseEstimator]):
         self.vectorizers = vectorizers
+        self.whole = [vectorizer for vectorizer in vectorizers if not vectorizer.is_wordwise]
+        self.wordwise = [vectorizer for vectorizer in vectorizers if vectorizer.is_wordwise]
+        self.remembered_word = lru_cache(WORDS_REMEMBERED)(self._word)
         self.intercept = intercept
-        self.decisions = [vectorizer.decision for vectorizer in vectorizers]
         self.state = [(vars(estimator), vars(estimator).copy()) for estimator in fitted]
 
     def is_current(self) -> bool:
@@ -350,9 +349,21 @@ class _FoldedModel:
     def propensity(self, text: str) -> float:
         """Return the probability of spam."""
         decision = self.intercept
-        for add in self.decisions:
-            decision += add(text)
+        for vectorizer in self.whole:
+            decision += vectorizer.decision(*vectorizer.known_terms(text))
+        words = text.split()
+        if words and self.wordwise:
+            # Most words of a language come again and again; the very long ones are not worth their memory.
+            word = self.remembered_word if max(map(len, words)) <= LONGEST_WORD_REMEMBERED else self._word
+            columns = zip(*map(word, words), strict=True)
+            for vectorizer in self.wordwise:
+                terms, dot, square = next(columns), sum(next(columns)), sum(next(columns))
+                decision += vectorizer.decision(list(chain.from_iterable(terms)), dot, square)
         return _logistic(decision)
+
+    def _word(self, word: str) -> tuple[Sequence[int] | float, ...]:
+        """Return the known terms and sums of a word, of one vectorizer after another."""
+        return tuple(chain.from_iterable(vectorizer.known_terms(word) for vectorizer in self.wordwise))
 
     def contributions(self, text: str) -> list[float]:
         """Return what each character adds to the decision, in log-odds."""
