@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ import joblib
 from flask import Flask, Response, abort, render_template, request
 from granian import Granian
 from granian.constants import Interfaces
+from granian.log import LogLevels
 from sklearn.base import BaseEstimator
 from werkzeug.exceptions import HTTPException
 
@@ -28,6 +30,7 @@ from score import check_threshold, explain, load_card, load_model, score, score_
 
 LARGEST_BODY = 2**20  # bytes
 LARGEST_BATCH = 1000  # texts
+THREADS = 16  # of each worker: a slow client occupies one until its request has come in
 NUMBER_IN_STRING = re.compile(r"0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]?")
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -301,27 +304,50 @@ def read_threshold(fields: dict[str, Any], default: float) -> float:
 
 @cache
 def load_app() -> Flask:
-    """Return the application of this process with the saved model."""
+    """Return this process's application with the saved model."""
     return create_app()
 
 
 def serve() -> None:
     """Run the production server until SIGTERM or Ctrl-C; requests in flight are answered before it ends."""
-    for early in (signal.SIGINT, signal.SIGTERM):  # until the server takes over
+    for early in (signal.SIGINT, signal.SIGTERM):  # until the server takes them over
         signal.signal(early, lambda *_: sys.exit())
-    # Memory where there is some: a container's file system may be read-only, and each request counts into it.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="spam-metrics-", dir=memory) as counts:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
-        load_app()  # before the workers fork, so that they share it
-        Granian(
-            "app",
-            address=os.environ.get("HOST", "127.0.0.1"),
-            port=int(os.environ.get("PORT", "5000")),
-            interface=Interfaces.WSGI,
-            workers=int(os.environ.get("WORKERS", joblib.cpu_count())),
-            blocking_threads=1,
-        ).serve(target_loader=load_app, wrap_loader=False)
+    host = os.environ.get("HOST", "127.0.0.1")
+    try:
+        port, workers = read_environment("PORT", 5000), read_environment("WORKERS", joblib.cpu_count())
+        # The server shares its port with whoever else has it, so nobody else may.
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        # Each request counts into this folder, and the other folders of a container may be read-only.
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix="spam-metrics-", dir=memory) as counts:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+            load_app()  # before the workers fork, so that they share its memory
+            print(f"Serving on http://{host}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
+            Granian(
+                "app",
+                address=host,
+                port=port,
+                interface=Interfaces.WSGI,
+                workers=workers,
+                blocking_threads=THREADS,
+                respawn_failed_workers=True,
+                workers_kill_timeout=1,  # seconds, for clients that never send the rest of their request
+                log_level=LogLevels.error,
+            ).serve(target_loader=load_app, wrap_loader=False)
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"Cannot serve on {host}: {error}")
+
+
+def read_environment(name: str, default: int) -> int:
+    """Return a positive whole number from the environment.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+    return int(value)
 
 
 if __name__ == "__main__":
