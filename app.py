@@ -31,7 +31,7 @@ from score import check_threshold, explain, load_card, load_model, score, score_
 LARGEST_BODY = 2**20  # bytes
 LARGEST_BATCH = 1000  # texts
 THREADS = 16  # of each worker: a slow client occupies one until its request has come in
-NUMBER_IN_STRING = re.compile(r"0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]?")
+NUMBER_IN_STRING = re.compile(r"\s*(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]?)\s*")
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
@@ -136,6 +136,12 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
     app.json.sort_keys = False
+
+    @app.after_request
+    def keep_to_own_scripts(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = "default-src 'self'"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
 
     @app.errorhandler(HTTPException)
     def explain_error(error: HTTPException) -> Response:
