@@ -1,5 +1,6 @@
 """The tests of assignments 3 and 4: the scoring function, the service, the container; tests/ has the rest."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,14 +11,26 @@ from pathlib import Path
 
 import pytest
 import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from score import load_card, load_model, score
 
 ROOT = Path(__file__).resolve().parent
-SPAM = (
-    "URGENT! You have won a 1 week FREE membership in our £100,000 prize Jackpot! Call 09061701461 to claim"
-)
-HAM = "Sorry, I'll call you later, I'm in a meeting"
+SPAM = [
+    "URGENT! You have won a 1 week FREE membership in our £100,000 prize Jackpot! Call 09061701461 to claim",
+    "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",
+    "Txt STOP to end. Your mobile was awarded a FREE Nokia, reply WIN to 80182, 150p per msg",
+]
+HAM = [
+    "Sorry, I'll call you later, I'm in a meeting",
+    "ok see you at home, do you need me to get some milk?",
+    "haha yeah i know, what time are you going to be there tomorrow",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,43 +45,59 @@ def threshold():
     return load_card()["threshold"]
 
 
-def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def test_score(model, threshold):
+    result = score(SPAM[0], model, threshold)  # smoke test
+    assert type(result) is tuple
+    assert [type(part) for part in result] == [bool, float]  # format test
+    for text in SPAM:
+        assert score(text, model, threshold)[0] == 1, text
+    for text in HAM:
+        assert score(text, model, threshold)[0] == 0, text
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen, seconds: float = 30) -> None:
-    """Poll a service until it answers; fail when its process ends or the time is up."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the service ended with status {process.returncode}"
-        try:
-            if requests.get(f"{url}/health", timeout=1).ok:
-                return
-        except requests.ConnectionError:
-            time.sleep(0.05)
-    pytest.fail(f"{url} did not answer within {seconds} s")
-
-
-@pytest.mark.parametrize("text", [SPAM, HAM, "", " ", "ß", "£" * 1000, "\x00\ud800"])
-def test_score(text, model, threshold):
+@settings(database=None, deadline=None)  # leaves no folder behind, and no clock decides
+@given(st.one_of(st.text(), st.sampled_from(SPAM + HAM)), st.floats(0, 1))
+def test_score_of_any_text(model, text, threshold):
     prediction, propensity = score(text, model, threshold)
     assert type(prediction) is bool
     assert type(propensity) is float
     assert prediction in (0, 1)
     assert 0 <= propensity <= 1
+    assert score(text, model, threshold) == (prediction, propensity)
     assert score(text, model, 0)[0] == 1
     assert score(text, model, 1)[0] == 0
+    assert score(text, model, 0.0)[1] == score(text, model, 1.0)[1] == propensity
+    if 0 < threshold < 1:
+        assert prediction == (propensity >= threshold)
 
 
-def test_score_obvious_spam(model, threshold):
-    assert score(SPAM, model, threshold)[0] == 1
+@pytest.mark.parametrize("text", [None, 1, 1.5, b"free", ["free"], {"text": "free"}])
+def test_score_refuses_what_is_no_text(model, text):
+    with pytest.raises(TypeError, match="text must be a string"):
+        score(text, model, 0.5)
 
 
-def test_score_obvious_ham(model, threshold):
-    assert score(HAM, model, threshold)[0] == 0
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), float("inf"), 2])
+def test_score_refuses_a_threshold_out_of_range(model, threshold):
+    with pytest.raises(ValueError, match="threshold must be between 0 and 1"):
+        score("free", model, threshold)
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", True, [0.5], 0.5j])
+def test_score_refuses_a_threshold_that_is_no_number(model, threshold):
+    with pytest.raises(TypeError, match="threshold must be a number"):
+        score("free", model, threshold)
+
+
+@pytest.mark.parametrize("estimator", [None, "model", LogisticRegression, TfidfVectorizer()])
+def test_score_refuses_what_is_no_model(estimator):
+    with pytest.raises(TypeError, match="model must be a fitted estimator"):
+        score("free", estimator, 0.5)
+
+
+def test_score_refuses_an_unfitted_model():
+    with pytest.raises(NotFittedError):
+        score("free", make_pipeline(TfidfVectorizer(), LogisticRegression()), 0.5)
 
 
 def test_flask(model, threshold):
@@ -80,19 +109,51 @@ def test_flask(model, threshold):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # so that its workers can be ended with it
     )
     try:
         wait_until_healthy(url, process)
-        for text in (SPAM, HAM):
+        for text in [*SPAM, *HAM, "", "£ and €"]:
             prediction, propensity = score(text, model, threshold)
             expected = {"prediction": prediction, "propensity": propensity, "threshold": threshold}
             assert requests.post(f"{url}/score", json={"text": text}, timeout=5).json() == expected
             assert requests.post(f"{url}/score", data={"text": text}, timeout=5).json() == expected
+        missing = requests.post(f"{url}/score", json={}, timeout=5)
+        assert (missing.status_code, missing.json()) == (400, {"error": "text is missing"})
         process.send_signal(signal.SIGTERM)
         log, _ = process.communicate(timeout=10)
-        assert process.returncode == 0, log
     finally:
-        process.kill()
-        process.wait()
-    assert SPAM not in log
-    assert HAM not in log
+        end_group(process)
+    assert process.returncode == 0, log
+    for text in SPAM + HAM:
+        assert text not in log
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url, timeout=1)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen, seconds: float = 30) -> None:
+    """Poll a service until it answers; fail when its process ends or the time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the service ended with status {process.returncode}: {process.stdout.read()}")
+        try:
+            if requests.get(f"{url}/health", timeout=1).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.05)
+    pytest.fail(f"{url} did not answer within {seconds} s")
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End what is left of a process and of those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
