@@ -13,6 +13,7 @@ import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -21,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from score import load_card, load_model, score
 
 ROOT = Path(__file__).resolve().parent
+set_hypothesis_home_dir(ROOT / ".hypothesis")  # and not in the folder where pytest was started
 SPAM = [
     "URGENT! You have won a 1 week FREE membership in our £100,000 prize Jackpot! Call 09061701461 to claim",
     "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",
@@ -55,7 +57,7 @@ def test_score(model, threshold):
         assert score(text, model, threshold)[0] == 0, text
 
 
-@settings(database=None, deadline=None)  # leaves no folder behind, and no clock decides
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.sampled_from(SPAM + HAM)), st.floats(0, 1))
 def test_score_of_any_text(model, text, threshold):
     prediction, propensity = score(text, model, threshold)
