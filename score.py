@@ -130,11 +130,14 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
     """
     card_path = Path(path).with_suffix(".json")
     try:
-        return json.loads(card_path.read_text(encoding="utf-8"))
+        card = json.loads(card_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{card_path} is missing: train.ipynb writes it with the model") from None
-    except ValueError as error:
-        raise ValueError(f"{card_path} is not valid JSON ({error}): run train.ipynb again") from None
+    except ValueError:
+        card = None
+    if not isinstance(card, dict):
+        raise ValueError(f"{card_path} is not a JSON object: run train.ipynb again, or restore it")
+    return card
 
 
 def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
@@ -207,16 +210,16 @@ class _FoldedVectorizer:
     """
 
     def __init__(self, vectorizer: CountVectorizer, coefficients: np.ndarray):
-        is_tfidf = type(vectorizer) is TfidfVectorizer
-        idf = vectorizer.idf_ if is_tfidf and vectorizer.use_idf else np.ones(len(coefficients))
+        tfidf = getattr(vectorizer, "_tfidf", None)  # as it was fitted; what the vectorizer says may be newer
+        idf = tfidf.idf_ if tfidf and tfidf.use_idf else np.ones(len(coefficients))
         self.index = {term: int(i) for term, i in vectorizer.vocabulary_.items()}
         self.weight: list[float] = (idf * coefficients).tolist()
         self.square: list[float] = (idf**2).tolist()
-        self.normalises = is_tfidf and vectorizer.norm == "l2"
+        self.normalises = tfidf is not None and tfidf.norm == "l2"
         self.term_frequency: Callable[[int], float] = float
         if vectorizer.binary:
             self.term_frequency = _once
-        elif is_tfidf and vectorizer.sublinear_tf:
+        elif tfidf and tfidf.sublinear_tf:
             self.term_frequency = _sublinear
         self.counts_matter = self.normalises or self.term_frequency is not float
 
@@ -398,44 +401,44 @@ def _fold(model: Pipeline) -> _FoldedModel | None:
     features, classifier = model.steps[0][1], model.steps[1][1]
     if type(classifier) is not LogisticRegression or np.shape(getattr(classifier, "coef_", ()))[:1] != (1,):
         return None
-    fitted = [model, classifier]
-    branches = [(features, 1.0)]
+    fitted, branches = [model, classifier], [(features, 1.0)]
     if type(features) is FeatureUnion:
         fitted.append(features)
-        weights = features.transformer_weights or {}
+        scale = features.transformer_weights or {}
         branches = [
-            (part, weights.get(name, 1.0)) for name, part in features.transformer_list if part != "drop"
+            (part, scale.get(name, 1.0)) for name, part in features.transformer_list if part != "drop"
         ]
-    coefficients = np.asarray(classifier.coef_[0], dtype=np.float64)
-    vectorizers, start = [], 0
-    for branch, weight in branches:
+    vectorizers, remaining = [], classifier.coef_[0]
+    for vectorizer, weight in branches:
         projection = None
-        if type(branch) is Pipeline and len(branch.steps) == 2:
-            fitted.append(branch)
-            branch, projection = branch.steps[0][1], branch.steps[1][1]
-            fitted.append(projection)
-            if type(projection) is not FunctionTransformer or projection.func is not safe_sparse_dot:
+        if type(vectorizer) is Pipeline and len(vectorizer.steps) == 2:
+            fitted.append(vectorizer)
+            (_, vectorizer), (_, projected) = vectorizer.steps
+            fitted.append(projected)
+            if type(projected) is not FunctionTransformer or projected.func is not safe_sparse_dot:
                 return None
-            projection = projection.kw_args["b"]
-        if not _can_fold(branch):
+            projection = projected.kw_args["b"]
+        if not _can_fold(vectorizer):
             return None
-        fitted.append(branch)
-        if type(branch) is TfidfVectorizer:
-            fitted.append(branch._tfidf)
-        width = len(branch.vocabulary_) if projection is None else projection.shape[1]
-        own = weight * coefficients[start : start + width]
-        start += width
-        vectorizers.append(_FoldedVectorizer(branch, own if projection is None else projection @ own))
+        fitted.append(vectorizer)
+        if type(vectorizer) is TfidfVectorizer:
+            fitted.append(vectorizer._tfidf)
+        width = len(vectorizer.vocabulary_) if projection is None else projection.shape[1]
+        coefficients, remaining = weight * remaining[:width], remaining[width:]
+        vectorizers.append(
+            _FoldedVectorizer(vectorizer, coefficients if projection is None else projection @ coefficients)
+        )
     return _FoldedModel(vectorizers, float(classifier.intercept_[0]), fitted)
 
 
 def _can_fold(vectorizer: BaseEstimator) -> bool:
+    """Tell whether a vectorizer is fitted, and of a kind that _FoldedVectorizer stands for."""
     return (
         type(vectorizer) in (CountVectorizer, TfidfVectorizer)
         and hasattr(vectorizer, "vocabulary_")
         and vectorizer.input == "content"
         and vectorizer.analyzer in ("word", "char", "char_wb")
         and vectorizer.tokenizer is None
-        and getattr(vectorizer, "norm", None) in (None, "l2")
         and vectorizer.dtype in (np.float64, np.int64)
+        and (type(vectorizer) is CountVectorizer or vectorizer._tfidf.norm in (None, "l2"))
     )
