@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def model():
 def threshold():
     """The threshold that was chosen for it."""
     return load_card()["threshold"]
+
+
+@pytest.fixture
+def image():
+    """The image of the service; skipped where no Docker engine answers, a failure with REQUIRE_DOCKER=1."""
+    try:
+        version = subprocess.run(["docker", "version"], capture_output=True, text=True, timeout=60)
+        absent = version.returncode != 0 and version.stderr.strip()
+    except FileNotFoundError:
+        absent = "docker is not installed"
+    if absent:
+        give_up = pytest.fail if os.environ.get("REQUIRE_DOCKER") == "1" else pytest.skip
+        give_up(f"no Docker engine answers: {absent}")
+    return docker("build", "--quiet", "--tag", "sms-spam:test", ROOT)
 
 
 def test_score(model, threshold):
@@ -131,6 +146,44 @@ def test_flask(model, threshold):
         assert text not in log
     with pytest.raises(requests.ConnectionError):
         requests.get(url, timeout=1)
+
+
+def test_docker(image, model, threshold):
+    name, port = f"sms-spam-test-{uuid.uuid4().hex}", free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--rm", "--read-only", "--cap-drop=ALL", "--name", name, "--publish", f"127.0.0.1:{port}:5000"]
+    process = subprocess.Popen(
+        ["docker", "run", *options, image],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_until_healthy(url, process)
+        for text in [*SPAM, *HAM, "", "£ and €"]:
+            prediction, propensity = score(text, model, threshold)
+            answer = requests.post(f"{url}/score", json={"text": text}, timeout=5).json()
+            assert answer["prediction"] is prediction
+            assert answer["propensity"] == pytest.approx(propensity, abs=1e-9)
+        assert docker("exec", name, "id", "-u") != "0"
+        deadline = time.monotonic() + 30
+        while (health := docker("inspect", "--format", "{{.State.Health.Status}}", name)) != "healthy":
+            assert time.monotonic() < deadline, f"the container is {health}"
+            time.sleep(0.2)
+        docker("stop", name)
+        log, _ = process.communicate(timeout=30)
+    finally:
+        subprocess.run(["docker", "rm", "--force", name], capture_output=True, timeout=60)
+        end_group(process)
+    assert process.returncode == 0, log  # 137: it did not end when asked, and was killed
+
+
+def docker(*arguments: str | Path) -> str:
+    """Run a docker command that must succeed, and return what it printed."""
+    command = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=600)
+    assert command.returncode == 0, command.stderr
+    return command.stdout.strip()
 
 
 def free_port() -> int:
