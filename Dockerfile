@@ -26,4 +26,7 @@ EXPOSE 5000
 # The first check comes after one interval, so the interval bounds how soon the container can be called healthy.
 HEALTHCHECK --interval=2s --timeout=2s \
     CMD ["python", "-IS", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=1)"]
+# The first process of a container ignores SIGTERM until Python code handles it, about a second into the imports;
+# SIGINT is handled from the interpreter's start.
+STOPSIGNAL SIGINT
 CMD ["python", "app.py"]
