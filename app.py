@@ -134,6 +134,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     )  # folds the model before workers fork, and fails here if it cannot score
     metrics = Metrics(card)
     app = Flask(__name__)
+    specification = (Path(app.static_folder) / "openapi.json").read_text(encoding="utf-8")
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
     app.json.sort_keys = False
 
@@ -202,12 +203,11 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
 
     @app.get("/openapi.json")
     def openapi() -> Response:
-        return app.send_static_file("openapi.json")
+        return Response(specification, content_type="application/json")
 
     @app.get("/docs")
     def docs() -> str:
-        specification = json.loads((Path(app.static_folder) / "openapi.json").read_bytes())
-        return render_template("docs.html", specification=specification)
+        return render_template("docs.html", specification=json.loads(specification))
 
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     through_flask = app.wsgi_app
@@ -259,7 +259,10 @@ def read_fields() -> dict[str, Any]:
         return request.form.to_dict()
     if not request.is_json:
         abort(415, "send JSON (Content-Type: application/json) or a form")
-    return parse_json(request.get_data(cache=False))
+    body = request.get_data(cache=False)
+    if request.content_length is None and len(body) >= LARGEST_BODY:
+        abort(413)  # Werkzeug cuts a chunked body off there without a word
+    return parse_json(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -325,7 +328,7 @@ def serve() -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         # Each request counts into this folder, and the other folders of a container may be read-only.
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix="spam-metrics-", dir=memory) as counts:
+        with tempfile.TemporaryDirectory(prefix=f"spam-metrics-{os.getpid()}-", dir=memory) as counts:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
             load_app()  # before the workers fork, so that they share its memory
             print(f"Serving on http://{host}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
