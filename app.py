@@ -214,7 +214,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         # Flask's routing and contexts take longer than scoring; a valid JSON request to /score goes without.
-        length = environ.get("CONTENT_LENGTH") or "0"
+        length = environ.get("CONTENT_LENGTH", "")
         if (
             environ["PATH_INFO"] == "/score"
             and environ["REQUEST_METHOD"] == "POST"
