@@ -1,6 +1,7 @@
 """Tests of app.py: bad input of every kind, what is counted and logged, and the production server at work."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -256,6 +257,12 @@ def test_largest_body(client):
     body = json.dumps({"text": ""})
     response = client.post("/score", data=body + " " * (2**20 - len(body)), content_type="application/json")
     assert response.status_code == 200
+
+
+def test_too_large_in_chunks(client):
+    chunked = {"wsgi.input_terminated": True, "wsgi.input": io.BytesIO(b'{"text": "free"}' + b" " * 2**20)}
+    response = client.post("/score", content_type="application/json", environ_overrides=chunked)
+    assert response.status_code == 413
 
 
 @pytest.mark.parametrize("path", ["/score", "/score/batch", "/explain"])
