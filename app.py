@@ -24,15 +24,17 @@ from granian import Granian
 from granian.constants import Interfaces
 from granian.log import LogLevels
 from sklearn.base import BaseEstimator
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from score import check_threshold, explain, load_card, load_model, score, score_batch
 
 LARGEST_BODY = 2**20  # bytes
 LARGEST_BATCH = 1000  # texts
+LONGEST_EXPLAINED = 10_000  # characters
 THREADS = 16  # of each worker: a slow client occupies one until its request has come in
-NUMBER_IN_STRING = re.compile(r"\s*(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]?)\s*")
+NUMBER_IN_STRING = re.compile(r"\s*(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]{0,2})\s*")
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
@@ -55,22 +57,7 @@ class Metrics:
             "http_request_duration_seconds",
             "Time to answer a request.",
             ("path",),
-            buckets=(
-                0.0001,
-                0.00025,
-                0.0005,
-                0.001,
-                0.0025,
-                0.005,
-                0.01,
-                0.025,
-                0.05,
-                0.1,
-                0.25,
-                0.5,
-                1,
-                2.5,
-            ),
+            buckets=SECONDS,
             registry=self.registry,
         )
         predictions = Counter(
@@ -129,9 +116,8 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     """
     model = load_model() if model is None else model
     card = load_card() if card is None else card
-    score(
-        "", model, card["threshold"]
-    )  # folds the model before workers fork, and fails here if it cannot score
+    # A model that cannot score fails here, and one that can is folded before the workers fork.
+    score("", model, card["threshold"])
     metrics = Metrics(card)
     app = Flask(__name__)
     specification = (Path(app.static_folder) / "openapi.json").read_text(encoding="utf-8")
@@ -148,7 +134,12 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def explain_error(error: HTTPException) -> Response:
         response = error.get_response()
         if error.code >= 400:
-            response.data = app.json.dumps({"error": error.description})
+            is_body = (
+                type(error) is RequestEntityTooLarge
+                and error.description == RequestEntityTooLarge.description
+            )
+            message = f"the body is larger than {LARGEST_BODY} bytes" if is_body else error.description
+            response.data = app.json.dumps({"error": message})
             response.content_type = "application/json"
         return response
 
@@ -180,6 +171,8 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def explain_one() -> dict[str, Any]:
         fields = read_fields()
         text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        if len(text) > LONGEST_EXPLAINED:
+            abort(413, f"a text to explain has at most {LONGEST_EXPLAINED} characters, not {len(text)}")
         prediction, propensity = score(text, model, threshold)
         return {
             "prediction": prediction,
@@ -213,7 +206,8 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     through_flask = app.wsgi_app
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        # Flask's routing and contexts take longer than scoring; a valid JSON request to /score goes without.
+        # Flask's routing and contexts take longer than scoring; a JSON request to /score goes without. Where
+        # something is wrong with it, Flask gets it all the same and answers what.
         length = environ.get("CONTENT_LENGTH", "")
         if (
             environ["PATH_INFO"] == "/score"
@@ -225,7 +219,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
             body = environ["wsgi.input"].read(int(length))
             try:
                 content = json.dumps(score_fields(parse_json(body))).encode()
-            except HTTPException:
+            except Exception:
                 environ["wsgi.input"] = io.BytesIO(body)
             else:
                 headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]

@@ -31,6 +31,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.extmath import safe_sparse_dot
 
 MODEL_PATH = Path(__file__).resolve().parent / "models" / "best_model.joblib"
+CARD_KEYS = {"name", "sha256", "threshold", "operating_points", "versions"}
 # Tokens and characters that are the same in a word alone as in the middle of a text.
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]", r"\d"}
 WORDS_REMEMBERED = 2**14
@@ -126,7 +127,7 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no card.
-        ValueError: the card is not JSON.
+        ValueError: the card is not a JSON object with all that scoring needs.
     """
     card_path = Path(path).with_suffix(".json")
     try:
@@ -135,8 +136,10 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
         raise FileNotFoundError(f"{card_path} is missing: train.ipynb writes it with the model") from None
     except ValueError:
         card = None
-    if not isinstance(card, dict):
-        raise ValueError(f"{card_path} is not a JSON object: run train.ipynb again, or restore it")
+    if not isinstance(card, dict) or not card.keys() >= CARD_KEYS:
+        raise ValueError(
+            f"{card_path} is not JSON with {sorted(CARD_KEYS)}: run train.ipynb again, or restore it"
+        )
     return card
 
 
@@ -159,11 +162,11 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
         content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: train.ipynb writes it") from None
-    if hashlib.sha256(content).hexdigest() != card.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != card["sha256"]:
         raise ValueError(
             f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both"
         )
-    saved_with = card.get("versions", {}).get("scikit-learn")
+    saved_with = card["versions"].get("scikit-learn")
     if saved_with != sklearn.__version__:
         raise ValueError(
             f"{path} was saved with scikit-learn {saved_with}, but {sklearn.__version__} is installed: "

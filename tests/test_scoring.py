@@ -329,7 +329,7 @@ def test_load_model_without_a_card(saved):
         load_model(saved)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"name": "model"}'])
 def test_load_model_with_a_broken_card(saved, content):
     saved.with_suffix(".json").write_text(content)
     with pytest.raises(ValueError, match=r"best_model\.json"):

@@ -238,6 +238,11 @@ def test_bad_batch(client, fields, status, message):
     assert message in response.json["error"]
 
 
+@pytest.mark.parametrize(("length", "status"), [(10_000, 200), (10_001, 413)])
+def test_longest_explained(client, length, status):
+    assert client.post("/explain", json={"text": "x" * length}).status_code == status
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/xml", "application/jsonp", None])
 @pytest.mark.parametrize("path", ["/score", "/score/batch", "/explain"])
 def test_unsupported_media_type(client, path, content_type):
@@ -250,7 +255,7 @@ def test_unsupported_media_type(client, path, content_type):
 def test_too_large(client, content_type):
     response = client.post("/score", data=b" " * (2**20 + 1), content_type=content_type)
     assert response.status_code == 413
-    assert list(response.json) == ["error"]
+    assert response.json == {"error": "the body is larger than 1048576 bytes"}
 
 
 def test_largest_body(client):
@@ -283,7 +288,8 @@ def test_unknown_path(client, path):
     assert list(response.json) == ["error"]
 
 
-def test_a_fault_shows_no_stack_trace(caplog):
+@pytest.mark.parametrize("fields", [{"data": {"text": "my secret"}}, {"json": {"text": "my secret"}}])
+def test_a_fault_shows_no_stack_trace(caplog, fields):
     class Broken(BaseEstimator):
         def predict_proba(self, texts):
             if texts != [""]:
@@ -291,7 +297,8 @@ def test_a_fault_shows_no_stack_trace(caplog):
             return np.array([[1.0, 0.0]])
 
     card = {"name": "broken", "sha256": "0", "threshold": 0.5, "operating_points": []}
-    response = service.create_app(Broken(), card).test_client().post("/score", data={"text": "my secret"})
+    response = service.create_app(Broken(), card).test_client().post("/score", **fields)
+    assert list(response.json) == ["error"]
     assert response.status_code == 500
     assert "broken" not in response.text
     assert "Traceback" not in response.text
@@ -338,6 +345,7 @@ def test_openapi_describes_every_path(client):
 def test_openapi_states_the_limits_in_use(client):
     schemas = client.get("/openapi.json").json["components"]["schemas"]
     assert schemas["Batch"]["properties"]["texts"]["maxItems"] == service.LARGEST_BATCH
+    assert schemas["MessageToExplain"]["properties"]["text"]["maxLength"] == service.LONGEST_EXPLAINED
     assert schemas["NumberInString"]["pattern"] == f"^{service.NUMBER_IN_STRING.pattern}$"
 
 
