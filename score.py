@@ -308,7 +308,6 @@ def _is_wordwise(vectorizer: CountVectorizer) -> bool:
     if replace is not None and not (
         type(replace) is partial
         and isinstance(pattern := getattr(replace.func, "__self__", None), re.Pattern)
-        and replace.func == pattern.sub
         and pattern.pattern in WORDWISE_PATTERNS
         and len(replace.args) == 1
         and not replace.keywords

@@ -10,11 +10,13 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -86,6 +88,16 @@ def test_score_of_any_text(model, text, threshold):
     assert score(text, model, 0.0)[1] == score(text, model, 1.0)[1] == propensity
     if 0 < threshold < 1:
         assert prediction == (propensity >= threshold)
+
+
+@pytest.mark.parametrize("propensity", [0.0, 1.0])
+def test_threshold_0_and_1_decide_alone(propensity):
+    class Certain(BaseEstimator):
+        def predict_proba(self, texts):
+            return np.array([[1 - propensity, propensity]] * len(texts))
+
+    assert score("", Certain(), 0) == (True, propensity)
+    assert score("", Certain(), 1) == (False, propensity)
 
 
 @pytest.mark.parametrize("text", [None, 1, 1.5, b"free", ["free"], {"text": "free"}])

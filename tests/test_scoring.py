@@ -86,6 +86,7 @@ FOLDED = {
     "bigrams": fit(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)),
     "stop words": fit(TfidfVectorizer(stop_words=["you", "the"])),
     "group in the token": fit(TfidfVectorizer(token_pattern=r"\b(\w)\w+")),
+    "tokens across words": fit(TfidfVectorizer(token_pattern=r"\w+ \w+")),
     "no norm": fit(TfidfVectorizer(norm=None, sublinear_tf=True)),
     "no idf": fit(TfidfVectorizer(use_idf=False)),
     "accents": fit(TfidfVectorizer(strip_accents="unicode")),
@@ -200,16 +201,6 @@ def test_score_batch(model, texts):
 def test_score_batch_refuses_what_are_no_texts(model, texts):
     with pytest.raises(TypeError):
         score_batch(texts, model, 0.5)
-
-
-@pytest.mark.parametrize("propensity", [0.0, 1.0])
-def test_threshold_0_and_1_decide_alone(propensity):
-    class Certain(BaseEstimator):
-        def predict_proba(self, texts):
-            return np.array([[1 - propensity, propensity]] * len(texts))
-
-    assert score("", Certain(), 0) == (True, propensity)
-    assert score("", Certain(), 1) == (False, propensity)
 
 
 @pytest.mark.parametrize("classifier", [LogisticRegression(), LinearSVC()])

@@ -25,6 +25,9 @@ from score import explain, load_card, load_model, score
 ROOT = Path(__file__).resolve().parents[1]
 SPAM = "URGENT! You have won a £1000 prize. Call 09061701461 to claim"
 HAM = "Sorry, I'll call you later, I'm in a meeting"
+UNFINISHED = (
+    b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+)
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -432,13 +435,10 @@ def test_body_of_unstated_length(server, kilobytes, status):
 
 
 def test_slow_clients_do_not_hold_up_others(server):
-    head = (
-        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-    )
     address = ("127.0.0.1", int(server.rsplit(":", 1)[1]))
     with contextlib.ExitStack() as stack:
         for _ in range(8):
-            stack.enter_context(socket.create_connection(address)).sendall(head)
+            stack.enter_context(socket.create_connection(address)).sendall(UNFINISHED)
         for _ in range(20):
             assert requests.post(f"{server}/score", json={"text": HAM}, timeout=5).ok
 
@@ -513,6 +513,19 @@ app.serve()
         thread.join()
     assert answers_got == [{"prediction": True, "propensity": 0.75, "threshold": 0.5}]
     assert process.returncode == 0, log
+
+
+def test_a_stalled_client_does_not_hold_up_the_end():
+    with launched(WORKERS="1") as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled:
+            stalled.sendall(UNFINISHED)
+            assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
+            begun = time.monotonic()
+            process.terminate()
+            process.wait(timeout=30)
+            assert time.monotonic() - begun < 2
+        assert process.returncode == 0
+        assert not metric_folders(process)
 
 
 def test_a_lost_worker_is_replaced():
