@@ -221,6 +221,9 @@ def wait_until_healthy(url: str, process: subprocess.Popen, seconds: float = 30)
 
 def end_group(process: subprocess.Popen) -> None:
     """End what is left of a process and of those that it started."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,10 +80,15 @@ def launched(*command, **environment):
         assert process.poll() is None, process.stdout.read()
         yield process, url
     finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
+        for folder in metric_folders(process):
+            shutil.rmtree(folder)
 
 
 def answers(url: str) -> bool:
