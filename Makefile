@@ -1,11 +1,85 @@
 PYTHON ?= python3
-BIN := .venv/bin
 PORT ?= 5000
-export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
-
+BIN := .venv/bin
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
+STRIP := $(BIN)/jupyter nbconvert --to notebook --inplace --TagRemovePreprocessor.enabled=True \
+	--TagRemovePreprocessor.remove_all_outputs_tags=private-output
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.DEFAULT_GOAL := help
-.PHONY: help run notebooks transfer ui serve test bench image up down hooks clean
+
+define EXAMPLES
+from score import load_card, load_model, score
+model, card = load_model(), load_card()
+for text in "WINNER! Your number was drawn. Call 09061701461 now to claim", "Running late, see you at eight":
+    is_spam, propensity = score(text, model, card["threshold"])
+    print(f"{'spam' if is_spam else 'ham ':5} propensity {propensity:.3f}  {text}")
+endef
+export EXAMPLES
+
+.PHONY: help run test serve ui notebooks transfer bench image up down hooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+run: build/train.ipynb  ## prepare the data, train, select and save the model, show what it does
+	@echo; cat build/benchmarks.md; echo; cat build/repeated.txt; echo
+	@$(BIN)/python -c "$$EXAMPLES"
+	@echo; echo "Serve it with 'make serve' and open http://127.0.0.1:$(PORT)"
+
+test: build/prepare.ipynb .venv/requirements-transfer.txt  ## check the style and run all tests, write coverage.txt
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest --cov --cov-report=term-missing | tee build/coverage.txt
+	@sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp && mv build/coverage.tmp coverage.txt
+
+serve: .venv/requirements.txt  ## serve the model on PORT
+	PORT=$(PORT) $(BIN)/python app.py
+
+ui: .venv/requirements.txt  ## look at the experiments in MLflow
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+notebooks: .venv/requirements-transfer.txt  ## execute the committed notebooks in place
+	$(EXECUTE) prepare.ipynb
+	$(EXECUTE) train.ipynb
+	$(EXECUTE) transfer_learning.ipynb
+	$(STRIP) transfer_learning.ipynb
+
+transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)
+	$(BIN)/papermill transfer_learning.ipynb build/transfer_learning.ipynb
+
+bench: build/train.ipynb  ## measure the service against others under load
+	$(BIN)/python benchmarks/bench.py
+
+image:  ## build the container image
+	docker build -t sms-spam .
+
+up: image  ## run the container on PORT
+	docker run --rm --detach --name sms-spam --read-only --cap-drop ALL -p 127.0.0.1:$(PORT):5000 sms-spam
+
+down:  ## stop the container
+	docker stop sms-spam
+
+hooks:  ## run test.py before every commit to main
+	git config core.hooksPath hooks
+
+clean:  ## remove what the targets made, but not the committed model
+	rm -rf build mlflow.db mlruns .pytest_cache .ruff_cache .hypothesis
+
+build:
+	mkdir -p $@
+
+build/prepare.ipynb: prepare.ipynb params.yaml dvc.yaml data/profile.py .venv/requirements.txt | build
+	$(BIN)/papermill $< $@
+
+build/train.ipynb: train.ipynb params.yaml score.py $(wildcard data/*.dvc) build/prepare.ipynb
+	$(BIN)/papermill $< $@
+
+.venv/requirements.txt: requirements.txt requirements-serve.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	cp requirements.txt $@
+
+.venv/requirements-transfer.txt: requirements-transfer.txt .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-transfer.txt
+	cp requirements-transfer.txt $@

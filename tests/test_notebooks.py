@@ -1,0 +1,288 @@
+"""The SMS notebooks: executed whole in clones of the project, and checked by what they leave."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import PROJECT, code_cells, printed
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import precision_score, recall_score
+
+NOTEBOOKS = ("prepare.ipynb", "train.ipynb", "transfer_learning.ipynb")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebook_was_executed_and_is_clean(name):
+    cells = code_cells(PROJECT / name)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert not [output for output in cell["outputs"] if output["output_type"] == "error"]
+        assert not [output for output in cell["outputs"] if output.get("name") == "stderr"]
+        if "private-output" in cell["metadata"].get("tags", []):
+            assert not cell["outputs"]
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    assert not re.search(r"Warning|/root/|/home/|/tmp/|papermill", text)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_short(name):
+    lengths = [len("".join(cell["source"]).splitlines()) for cell in code_cells(PROJECT / name)]
+    assert max(lengths) <= 30
+    assert statistics.median(lengths) <= 12
+
+
+def subjects(git, folder):
+    """Return the subject of each commit of a repository, latest first."""
+    return git(folder, "log", "--format=%s").splitlines()
+
+
+def set_parameter(folder, section, name, value):
+    """Change one parameter in the params.yaml of a clone."""
+    file = folder / "params.yaml"
+    parameters = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parameters[section][name] = value
+    file.write_text(yaml.safe_dump(parameters), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def prepared(clone, git, run_notebook, tmp_path_factory):
+    """A clone in which prepare.ipynb was run, and its history before that."""
+    folder = clone(tmp_path_factory.mktemp("prepared") / "clone")
+    before = subjects(git, folder)
+    done = run_notebook(folder, "prepare.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, before
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, run_notebook):
+    """The clone, in which train.ipynb was run too, without the transformer."""
+    folder, _ = prepared
+    set_parameter(folder, "transformer", "epochs", 0)
+    done = run_notebook(folder, "train.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+class TestPrepare:
+    """prepare.ipynb in a fresh clone reproduces both versions and commits nothing."""
+
+    def test_history_and_tree_are_as_before(self, prepared, git):
+        folder, before = prepared
+        assert subjects(git, folder) == before
+        assert git(folder, "status", "--porcelain", "--", "data", "dvc.lock") == ""
+
+    def test_versions_are_commits_with_names(self, prepared, git):
+        folder, _ = prepared
+        seeds = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))["split"]["seeds"]
+        for number, seed in enumerate(seeds, start=1):
+            subject = git(folder, "show", "--no-patch", "--format=%s", f"data-v{number}")
+            assert subject == f"Data version {number}: split with seed {seed}"
+
+    def test_each_version_prints_its_distribution(self, prepared):
+        folder, _ = prepared
+        tables = re.findall(
+            r"label +0 +1.*\n(train.*)\n(validation.*)\n(test.*)", printed(folder / "build/prepare.ipynb")
+        )
+        assert len(tables) == 2
+        for table in tables:
+            assert sum(int(count) for row in table for count in row.split()[1:3]) == 5171
+
+    def test_profile(self, prepared):
+        folder, _ = prepared
+        profile = json.loads((folder / "build/profile.json").read_text(encoding="utf-8"))
+        assert profile["messages"] == 5574
+        assert "<html" in (folder / "build/profile.html").read_text(encoding="utf-8").lower()
+
+
+class TestAnotherVersion:
+    """prepare.ipynb where a student changed a seed."""
+
+    @pytest.fixture
+    def changed(self, clone, tmp_path):
+        """A clone with another second seed."""
+        folder = clone(tmp_path / "clone")
+        set_parameter(folder, "split", "seeds", [7, 43])
+        return folder
+
+    def test_is_committed_alone(self, changed, git, run_notebook, monkeypatch):
+        for role in ("AUTHOR", "COMMITTER"):
+            monkeypatch.setenv(f"GIT_{role}_NAME", "A Student")
+            monkeypatch.setenv(f"GIT_{role}_EMAIL", "student@example.org")
+        (changed / "README.md").write_text("staged")
+        git(changed, "add", "README.md")
+        before = subjects(git, changed)
+        done = run_notebook(changed, "prepare.ipynb")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert subjects(git, changed) == ["Data version 2: split with seed 43", *before]
+        committed = git(changed, "show", "--format=", "--name-only", "HEAD").split()
+        assert committed == [f"data/{name}.csv.dvc" for name in ("test", "train", "validation")]
+        assert git(changed, "status", "--porcelain") == "M  README.md\n M params.yaml"
+
+    def test_without_an_identity_leaves_everything_as_it_was(self, changed, git, run_notebook):
+        before = subjects(git, changed)
+        git(changed, "config", "user.useConfigOnly", "true")
+        nobody = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "EMAIL": ""}
+        done = run_notebook(changed, "prepare.ipynb", **nobody)
+        assert done.returncode
+        assert "git config user.name NAME" in done.stderr
+        assert subjects(git, changed) == before
+        assert git(changed, "status", "--porcelain") == "M params.yaml"
+
+    def test_pointers_edited_by_hand_stop_it(self, changed, run_notebook):
+        with (changed / "data/train.csv.dvc").open("a") as pointer:
+            pointer.write("# mine\n")
+        done = run_notebook(changed, "prepare.ipynb")
+        assert done.returncode
+        assert "data/train.csv.dvc has uncommitted changes" in done.stderr
+
+    def test_no_git_clone_stops_it(self, changed, run_notebook):
+        (changed / ".git").rename(changed / "not-git")
+        done = run_notebook(changed, "prepare.ipynb")
+        assert done.returncode
+        assert "This folder is not a git clone" in done.stderr
+
+
+class TestTrain:
+    """train.ipynb, run on the data that prepare.ipynb left."""
+
+    NAMES = ("sms-spam-rules", "sms-spam-naive-bayes", "sms-spam-tfidf-logistic")
+
+    def test_equal_model_is_not_written_again(self, trained, git):
+        assert git(trained, "status", "--porcelain", "--", "models") == ""
+        assert "left as it is" in printed(trained / "build/train.ipynb")
+
+    @pytest.fixture(scope="class")
+    def registry(self, trained):
+        """A client of the registry that the notebook filled."""
+        import mlflow
+
+        return mlflow.MlflowClient(f"sqlite:///{trained}/mlflow.db")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_registered_with_all_it_takes_to_make_it_again(self, trained, registry, name):
+        version = registry.get_model_version(name, "1")
+        run = registry.get_run(version.run_id).data
+        for split in ("train", "validation", "test"):
+            pointer = yaml.safe_load((trained / f"data/{split}.csv.dvc").read_text(encoding="utf-8"))
+            assert 0.8 < run.metrics[f"{split}_aucpr"] <= 1
+            if split != "test":
+                assert run.params[f"md5 of {split}.csv"] == pointer["outs"][0]["md5"]
+        assert re.fullmatch("[0-9a-f]{40}", run.tags["code version"])
+        assert run.params["seed"] == "42"
+        files = {file.path for file in registry.list_artifacts(version.run_id)}
+        assert {"Dockerfile", "precision_recall_validation.png"} <= files
+
+    def test_champion_is_the_saved_model(self, trained, registry):
+        card = json.loads((trained / "models/best_model.json").read_text(encoding="utf-8"))
+        version = registry.get_model_version_by_alias(card["name"], "champion")
+        metrics = registry.get_run(version.run_id).data.metrics
+        assert metrics["validation_aucpr"] == pytest.approx(card["metrics"]["validation"]["aucpr"], abs=1e-4)
+
+    def test_registry_gives_back_what_was_logged(self, trained):
+        lines = re.findall(
+            r"(\S+) +AUCPR on validation: (\S+) computed, (\S+) logged",
+            printed(trained / "build/train.ipynb"),
+        )
+        assert [line[0] for line in lines] == list(self.NAMES)
+        assert all(computed == logged for _, computed, logged in lines)
+
+    def test_readme_has_the_figures_of_the_run(self, trained):
+        readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+        for row in (trained / "build/benchmarks.md").read_text(encoding="utf-8").splitlines():
+            figures = [cell.strip() for cell in row.split("|") if re.fullmatch(r" *\d\.\d+ *", cell)]
+            assert not figures or re.search(".*".join(map(re.escape, figures)), readme), row
+        assert (trained / "build/repeated.txt").read_text(encoding="utf-8").strip() in readme
+
+    def test_mean_over_splits_reaches_the_bar(self, trained):
+        summary = (trained / "build/repeated.txt").read_text(encoding="utf-8")
+        assert float(re.search(r"splits: (\S+) ±", summary)[1]) >= 0.983
+
+
+class TestFunctions:
+    """What train.ipynb defines."""
+
+    LABELS = np.array([0, 0, 0, 0, 1, 0, 1, 1, 1, 1])
+    PROPENSITIES = np.array([0.0, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9])
+
+    def test_aucpr_is_computed_on_propensities(self, train):
+        assert train.evaluate(self.LABELS, self.PROPENSITIES)["aucpr"] == pytest.approx((4 + 5 / 6) / 5)
+
+    def test_metrics_of_the_action(self, train):
+        metrics = train.evaluate(self.LABELS, self.PROPENSITIES, 0.35)
+        assert metrics["precision"] == pytest.approx(4 / 5)
+        assert metrics["recall"] == pytest.approx(4 / 5)
+        assert metrics["ham_blocked"] == pytest.approx(1 / 5)
+
+    @pytest.mark.parametrize("least", [0.5, 0.8, 0.9, 1.0])
+    def test_threshold_has_the_largest_recall_at_that_precision(self, train, least):
+        random = np.random.default_rng(0)
+        labels = random.integers(0, 2, 200)
+        propensities = np.clip(labels * 0.3 + random.random(200) * 0.7, 0, 1)
+        chosen = train.pick_threshold(labels, propensities, least) <= propensities
+        reachable = [
+            recall_score(labels, propensities >= at)
+            for at in propensities
+            if precision_score(labels, propensities >= at) >= least
+        ]
+        assert precision_score(labels, chosen) >= least
+        assert recall_score(labels, chosen) == max(reachable)
+
+    def test_precision_out_of_reach(self, train):
+        with pytest.raises(ValueError, match="No threshold reaches"):
+            train.pick_threshold(np.array([1, 0]), np.array([0.1, 0.9]), 0.9)
+
+    def test_operating_points(self, train):
+        points = pd.DataFrame(train.operating_points(self.LABELS, self.PROPENSITIES))
+        assert points["threshold"].tolist() == [round(at / 100, 2) for at in range(101)]
+        assert points["recall"].is_monotonic_decreasing
+        assert points.iloc[0].tolist() == [0, 0.5, 1]
+        assert points.iloc[-1]["recall"] == 0
+
+    @pytest.fixture
+    def saved(self, train, tmp_path):
+        """A model, its card, the data and the path it was saved at."""
+        data = pd.DataFrame({"text": ["a", "b", "c"], "label": [0, 1, 1]})
+        model = train.fit(DummyClassifier(strategy="prior"), data)
+        card = {"name": "dummy", "threshold": 0.5, "versions": {"python": "3"}}
+        path = tmp_path / "models" / "model.joblib"
+        assert train.save_model(model, card, path, data)
+        return model, card, data, path
+
+    def test_saved_model_comes_back(self, train, saved):
+        model, card, data, path = saved
+        loaded, loaded_card = train.load_model(path)
+        assert np.array_equal(train.score(loaded, data), train.score(model, data))
+        assert card.items() <= loaded_card.items()
+        assert {file.name for file in Path(path.parent).iterdir()} == {"model.joblib", "model.json"}
+
+    def test_equal_model_is_left_alone(self, train, saved):
+        model, card, data, path = saved
+        assert not train.save_model(model, {**card, "versions": {"python": "4"}}, path, data)
+
+    def test_other_model_or_card_is_written(self, train, saved):
+        model, card, data, path = saved
+        assert train.save_model(model, {**card, "threshold": 0.4}, path, data)
+        other = train.fit(DummyClassifier(strategy="prior"), data.assign(label=[0, 0, 1]))
+        assert train.save_model(other, card, path, data)
+
+    def test_model_that_is_not_its_cards_is_refused(self, train, saved):
+        path = saved[-1]
+        path.write_bytes(path.read_bytes() + b"x")
+        with pytest.raises(ValueError, match="not the model that its card describes"):
+            train.load_model(path)
+
+    def test_data_that_differs_from_its_pointer_is_refused(self, trained, run_notebook):
+        content = (trained / "data/test.csv").read_bytes()
+        try:
+            (trained / "data/test.csv").write_bytes(content + b"0,one more\n")
+            done = run_notebook(trained, "train.ipynb")
+        finally:
+            (trained / "data/test.csv").write_bytes(content)
+        assert done.returncode
+        assert "is not the version that data/test.csv.dvc names" in done.stderr

@@ -1,0 +1,61 @@
+"""Storage apart from compute: the data goes to an object store over HTTP and comes back."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+from moto.server import ThreadedMotoServer
+
+BUCKET = "sms-data"
+ACCOUNT = {
+    "AWS_ACCESS_KEY_ID": "student",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The address of an S3-compatible server with an empty bucket."""
+    import boto3
+
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
+    yield endpoint
+    server.stop()
+
+
+def test_push_wipe_and_pull(clone, bucket, tmp_path):
+    project = clone(tmp_path / "clone")
+    names = [pointer.removesuffix(".dvc") for pointer in map(str, (project / "data").glob("*.csv.dvc"))]
+    content = {}
+    for name in map(os.path.basename, names):
+        shutil.copy2(PROJECT / "data" / name, project / "data" / name)
+        content[name] = (project / "data" / name).read_bytes()
+
+    def dvc(*arguments):
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    dvc("remote", "add", "--default", "--local", "s3", f"s3://{BUCKET}/spam")
+    dvc("remote", "modify", "--local", "s3", "endpointurl", bucket)
+    dvc("commit", "--force", *(f"{name}.dvc" for name in names))
+    assert f"{len(names)} files pushed" in dvc("push")
+
+    shutil.rmtree(project / ".dvc" / "cache")
+    for name in names:
+        os.remove(name)
+    dvc("pull", *(f"{name}.dvc" for name in names))
+    assert {name: (project / "data" / name).read_bytes() for name in content} == content
+    assert "in sync" in dvc("status", "--cloud")
