@@ -1,12 +1,12 @@
 PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
-EXECUTE := $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False
 STRIP := $(BIN)/jupyter nbconvert --to notebook --inplace --TagRemovePreprocessor.enabled=True \
 	--TagRemovePreprocessor.remove_all_outputs_tags=private-output
 SHELL := bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 define EXAMPLES
 from score import load_card, load_model, score
@@ -30,20 +30,22 @@ run: build/train.ipynb  ## prepare the data, train, select and save the model, s
 test: build/prepare.ipynb .venv/requirements-transfer.txt  ## check the style and run all tests, write coverage.txt
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest --cov --cov-report=term-missing | tee build/coverage.txt
-	@sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp && mv build/coverage.tmp coverage.txt
+	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
+	@sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp
+	@mv build/coverage.tmp coverage.txt
 
 serve: .venv/requirements.txt  ## serve the model on PORT
 	PORT=$(PORT) $(BIN)/python app.py
 
-ui: .venv/requirements.txt  ## look at the experiments in MLflow
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+ui: build/train.ipynb  ## look at the experiments in MLflow, on port 5001
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5001
 
-notebooks: .venv/requirements-transfer.txt  ## execute the committed notebooks in place
-	$(EXECUTE) prepare.ipynb
-	$(EXECUTE) train.ipynb
-	$(EXECUTE) transfer_learning.ipynb
-	$(STRIP) transfer_learning.ipynb
+notebooks: .venv/requirements-transfer.txt | build  ## execute the committed notebooks in place
+	$(EXECUTE) --inplace prepare.ipynb
+	$(EXECUTE) --inplace train.ipynb
+	$(EXECUTE) --output-dir build transfer_learning.ipynb
+	$(STRIP) build/transfer_learning.ipynb
+	mv build/transfer_learning.ipynb .
 
 transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)
 	$(BIN)/papermill transfer_learning.ipynb build/transfer_learning.ipynb
@@ -64,7 +66,7 @@ hooks:  ## run test.py before every commit to main
 	git config core.hooksPath hooks
 
 clean:  ## remove what the targets made, but not the committed model
-	rm -rf build mlflow.db mlruns .pytest_cache .ruff_cache .hypothesis
+	rm -rf build mlflow.db mlruns .coverage .pytest_cache .ruff_cache .hypothesis
 
 build:
 	mkdir -p $@
@@ -76,7 +78,8 @@ build/train.ipynb: train.ipynb params.yaml score.py $(wildcard data/*.dvc) build
 	$(BIN)/papermill $< $@
 
 .venv/requirements.txt: requirements.txt requirements-serve.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	cp requirements.txt $@
 

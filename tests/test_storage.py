@@ -1,9 +1,9 @@
 """Storage apart from compute: the data goes to an object store over HTTP and comes back."""
 
-import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
@@ -36,11 +36,11 @@ def bucket(monkeypatch):
 
 def test_push_wipe_and_pull(clone, bucket, tmp_path):
     project = clone(tmp_path / "clone")
-    names = [pointer.removesuffix(".dvc") for pointer in map(str, (project / "data").glob("*.csv.dvc"))]
-    content = {}
-    for name in map(os.path.basename, names):
-        shutil.copy2(PROJECT / "data" / name, project / "data" / name)
-        content[name] = (project / "data" / name).read_bytes()
+    pointers = sorted(map(str, (project / "data").glob("*.csv.dvc")))
+    files = [Path(pointer.removesuffix(".dvc")) for pointer in pointers]
+    for file in files:
+        shutil.copy2(PROJECT / "data" / file.name, file)
+    content = [file.read_bytes() for file in files]
 
     def dvc(*arguments):
         command = [sys.executable, "-m", "dvc", *arguments]
@@ -50,12 +50,12 @@ def test_push_wipe_and_pull(clone, bucket, tmp_path):
 
     dvc("remote", "add", "--default", "--local", "s3", f"s3://{BUCKET}/spam")
     dvc("remote", "modify", "--local", "s3", "endpointurl", bucket)
-    dvc("commit", "--force", *(f"{name}.dvc" for name in names))
-    assert f"{len(names)} files pushed" in dvc("push")
+    dvc("commit", "--force", *pointers)
+    assert f"{len(files)} files pushed" in dvc("push", *pointers)
 
     shutil.rmtree(project / ".dvc" / "cache")
-    for name in names:
-        os.remove(name)
-    dvc("pull", *(f"{name}.dvc" for name in names))
-    assert {name: (project / "data" / name).read_bytes() for name in content} == content
-    assert "in sync" in dvc("status", "--cloud")
+    for file in files:
+        file.unlink()
+    dvc("pull", *pointers)
+    assert [file.read_bytes() for file in files] == content
+    assert "in sync" in dvc("status", "--cloud", *pointers)
