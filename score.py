@@ -31,7 +31,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.extmath import safe_sparse_dot
 
 MODEL_PATH = Path(__file__).resolve().parent / "models" / "best_model.joblib"
-CARD_KEYS = {"name", "sha256", "threshold", "operating_points", "versions"}
+CARD_TYPES = {"name": str, "sha256": str, "threshold": Real, "operating_points": list, "versions": dict}
 # Tokens and characters that are the same in a word alone as in the middle of a text.
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]", r"\d"}
 WORDS_REMEMBERED = 2**14
@@ -127,20 +127,35 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no card.
-        ValueError: the card is not a JSON object with all that scoring needs.
+        ValueError: the card is not a JSON object with all that scoring needs, each of its type.
     """
     card_path = Path(path).with_suffix(".json")
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{card_path} is missing: train.ipynb writes it with the model") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         card = None
-    if not isinstance(card, dict) or not card.keys() >= CARD_KEYS:
+    if not _is_card(card):
         raise ValueError(
-            f"{card_path} is not JSON with {sorted(CARD_KEYS)}: run train.ipynb again, or restore it"
+            f"{card_path} is not JSON with a valid {', '.join(CARD_TYPES)}: "
+            "run train.ipynb again, or restore it"
         )
     return card
+
+
+def _is_card(card: Any) -> bool:
+    """Tell whether a card has all that scoring needs."""
+    if not isinstance(card, dict) or not all(
+        isinstance(card.get(key), kind) for key, kind in CARD_TYPES.items()
+    ):
+        return False
+    try:
+        for point in [card, *card["operating_points"]]:
+            check_threshold(point["threshold"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:

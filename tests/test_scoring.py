@@ -320,10 +320,35 @@ def test_load_model_without_a_card(saved):
         load_model(saved)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"name": "model"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"name": "model"}', "[" * 100_000])
 def test_load_model_with_a_broken_card(saved, content):
     saved.with_suffix(".json").write_text(content)
-    with pytest.raises(ValueError, match=r"best_model\.json"):
+    with pytest.raises(ValueError, match=r"best_model\.json is not JSON with a valid"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", None),
+        ("sha256", 5),
+        ("threshold", None),
+        ("threshold", "0.5"),
+        ("threshold", True),
+        ("threshold", 1.5),
+        ("threshold", float("nan")),
+        ("versions", None),
+        ("versions", ["1.9.1"]),
+        ("operating_points", None),
+        ("operating_points", {}),
+        ("operating_points", [0.5]),
+        ("operating_points", [{"precision": 0.9}]),
+        ("operating_points", [{"threshold": None}]),
+    ],
+)
+def test_load_model_with_a_card_of_wrong_types(saved, key, value):
+    write_card(saved, **{key: value})
+    with pytest.raises(ValueError, match=r"best_model\.json is not JSON with a valid"):
         load_model(saved)
 
 
