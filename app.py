@@ -2,12 +2,14 @@
 
 `python app.py` runs a production server; HOST, PORT and WORKERS in the environment set its address (0.0.0.0
 for all interfaces), its port and its number of processes. `flask --app app run` runs Flask's own server.
+
+The production server waits for the body of a request as long as its client likes. On the open internet it
+belongs behind a proxy that limits that time, or stalled clients, 256 for each worker, keep everyone else out.
 """
 
 import io
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -30,9 +32,8 @@ from score import check_threshold, explain, load_card, load_model, score, score_
 
 LARGEST_BODY = 2**20  # bytes
 LARGEST_BATCH = 1000  # texts
-LONGEST_EXPLAINED = 10_000  # characters
-THREADS = 16  # of each worker: a slow client occupies one until its request has come in
-NUMBER_IN_STRING = re.compile(r"\s*(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?|[0-9](\.[0-9]+)?e-0?[1-9][0-9]{0,2})\s*")
+LONGEST_TEXT = 10_000  # characters; the longest SMS of many parts has 1,600
+THREADS = 256  # of each worker: a slow client occupies one until its request has come in
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -121,7 +122,8 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     metrics = Metrics(card)
     app = Flask(__name__)
     specification = (Path(app.static_folder) / "openapi.json").read_text(encoding="utf-8")
-    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
+    # A form has no limits of its own below that of every body.
+    app.config.update(MAX_CONTENT_LENGTH=LARGEST_BODY, MAX_FORM_MEMORY_SIZE=LARGEST_BODY, MAX_FORM_PARTS=None)
     app.json.sort_keys = False
 
     @app.after_request
@@ -171,8 +173,6 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def explain_one() -> dict[str, Any]:
         fields = read_fields()
         text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
-        if len(text) > LONGEST_EXPLAINED:
-            abort(413, f"a text to explain has at most {LONGEST_EXPLAINED} characters, not {len(text)}")
         prediction, propensity = score(text, model, threshold)
         return {
             "prediction": prediction,
@@ -248,15 +248,14 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
 
 
 def read_fields() -> dict[str, Any]:
-    """Return the fields of the request's JSON object or form; 400 or 415 where there is none."""
-    if request.mimetype in FORMS:
-        return request.form.to_dict()
-    if not request.is_json:
+    """Return the fields of the request's JSON object or form; 400, 413 or 415 where that cannot be."""
+    is_form = request.mimetype in FORMS
+    if not is_form and not request.is_json:
         abort(415, "send JSON (Content-Type: application/json) or a form")
-    body = request.get_data(cache=False)
+    body = request.get_data()
     if request.content_length is None and len(body) >= LARGEST_BODY:
         abort(413)  # Werkzeug cuts a chunked body off there without a word
-    return parse_json(body)
+    return request.form.to_dict() if is_form else parse_json(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -271,16 +270,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def read_text(fields: dict[str, Any]) -> str:
-    """Return the text of a request; 400 where there is none."""
+    """Return the text of a request; 400 where there is none, 413 where it is too long."""
     if "text" not in fields:
         abort(400, "text is missing")
     if not isinstance(fields["text"], str):
         abort(400, "text must be a string")
+    refuse_long(fields["text"])
     return fields["text"]
 
 
 def read_texts(fields: dict[str, Any]) -> list[str]:
-    """Return the texts of a batch; 400 where there are none, 413 where there are too many."""
+    """Return the texts of a batch; 400 where there are none, 413 where they are too many or too long."""
     if "texts" not in fields:
         abort(400, "texts is missing")
     texts = fields["texts"]
@@ -288,16 +288,25 @@ def read_texts(fields: dict[str, Any]) -> list[str]:
         abort(400, "texts must be a JSON array of strings")
     if len(texts) > LARGEST_BATCH:
         abort(413, f"a batch holds at most {LARGEST_BATCH} texts, not {len(texts)}")
+    for text in texts:
+        refuse_long(text)
     return texts
+
+
+def refuse_long(text: str) -> None:
+    """Answer 413 if a text is longer than the service scores."""
+    if len(text) > LONGEST_TEXT:
+        abort(413, f"a text has at most {LONGEST_TEXT} characters, not {len(text)}")
 
 
 def read_threshold(fields: dict[str, Any], default: float) -> float:
     """Return the threshold of a request, by default the model's own; 400 where it is not in [0, 1]."""
     threshold = fields.get("threshold", default)
     if isinstance(threshold, str):
-        if not NUMBER_IN_STRING.fullmatch(threshold):
+        try:
+            threshold = float(threshold)
+        except ValueError:
             abort(400, "threshold must be a number between 0 and 1")
-        threshold = float(threshold)
     try:
         check_threshold(threshold)
     except (TypeError, ValueError) as error:
@@ -315,26 +324,30 @@ def serve() -> None:
     """Run the production server until SIGTERM or Ctrl-C; requests in flight are answered before it ends."""
     for early in (signal.SIGINT, signal.SIGTERM):  # until the server takes them over
         signal.signal(early, lambda *_: sys.exit())
-    host = os.environ.get("HOST", "127.0.0.1")
+    host = os.environ.get("HOST") or "127.0.0.1"
     try:
         port, workers = read_environment("PORT", 5000), read_environment("WORKERS", joblib.cpu_count())
-        # The server shares its port with whoever else has it, so nobody else may.
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         # Each request counts into this folder, and the other folders of a container may be read-only.
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix=f"spam-metrics-{os.getpid()}-", dir=memory) as counts:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
             load_app()  # before the workers fork, so that they share its memory
-            print(f"Serving on http://{host}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
+            # The server shares its port with whoever else has it, so nobody else may; and it takes no names.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, port), family=family) as probe:
+                address = probe.getsockname()[0]
+            shown = f"[{address}]" if family == socket.AF_INET6 else address
+            print(f"Serving on http://{shown}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
             Granian(
                 "app",
-                address=host,
+                address=address,
                 port=port,
                 interface=Interfaces.WSGI,
                 workers=workers,
                 blocking_threads=THREADS,
                 respawn_failed_workers=True,
-                workers_kill_timeout=1,  # seconds, for clients that never send the rest of their request
+                # Seconds: the largest legal batch takes one, and some clients never send the rest of theirs.
+                workers_kill_timeout=5,
                 log_level=LogLevels.error,
             ).serve(target_loader=load_app, wrap_loader=False)
     except (OSError, OverflowError, ValueError) as error:
@@ -347,7 +360,7 @@ def read_environment(name: str, default: int) -> int:
     Raises:
         ValueError: it is something else.
     """
-    value = os.environ.get(name, str(default))
+    value = os.environ.get(name) or str(default)
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{name} must be a positive whole number, not {value!r}")
     return int(value)

@@ -145,8 +145,9 @@ def test_server_gone(page, server):
 
 
 def test_message_refused(page):
-    page.get_by_label("Message").fill("x" * 2**20)
-    expect(page.get_by_role("alert")).to_contain_text("The server refused the message")
+    for length, reason in ((2**20, "the body is larger"), (10_001, "a text has at most 10000 characters")):
+        page.get_by_label("Message").fill("x" * length)
+        expect(page.get_by_role("alert")).to_contain_text(f"The server refused the message: {reason}")
     page.get_by_label("Message").fill(HAM)
     expect(page.get_by_role("alert")).to_be_hidden()
 
