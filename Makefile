@@ -50,8 +50,8 @@ notebooks: .venv/requirements-transfer.txt | build  ## execute the committed not
 transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)
 	$(BIN)/papermill transfer_learning.ipynb build/transfer_learning.ipynb
 
-bench: build/train.ipynb  ## measure the service against others under load
-	$(BIN)/python benchmarks/bench.py
+bench: build/bench-venv/requirements.txt  ## measure the service against others under load
+	build/bench-venv/bin/python -m benchmarks.bench
 
 image:  ## build the container image
 	docker build -t sms-spam .
@@ -86,3 +86,8 @@ build/train.ipynb: train.ipynb params.yaml score.py $(wildcard data/*.dvc) build
 .venv/requirements-transfer.txt: requirements-transfer.txt .venv/requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-transfer.txt
 	cp requirements-transfer.txt $@
+
+build/bench-venv/requirements.txt: benchmarks/requirements.txt requirements-serve.txt | build
+	$(PYTHON) -m venv build/bench-venv
+	build/bench-venv/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt
+	cp benchmarks/requirements.txt $@
