@@ -129,7 +129,6 @@ class TestSmallRun:
         assert size == SMALL["photo_size"]
         assert predicted["duck"] > 0.8 * len(ducks)
 
-    @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # within MLflow
     def test_every_model_is_tracked(self, small_run):
         import mlflow
 
