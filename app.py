@@ -87,10 +87,14 @@ class Metrics:
         self.requests(method, path, status).inc()
         self.seconds(path).observe(seconds)
 
-    def scored(self, prediction: bool, propensity: float) -> None:
-        """Count a text."""
-        self.predictions[prediction].inc()
-        self.propensity.observe(propensity)
+    def scored(self, results: list[tuple[bool, float]]) -> None:
+        """Count texts by prediction and propensity."""
+        spam = sum([prediction for prediction, _ in results])
+        for prediction, texts in ((True, spam), (False, len(results) - spam)):
+            if texts:
+                self.predictions[prediction].inc(texts)
+        for _, propensity in results:
+            self.propensity.observe(propensity)
 
     def exposition(self) -> tuple[bytes, str]:
         """Return the counts and their content type."""
@@ -148,7 +152,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def score_fields(fields: dict[str, Any]) -> dict[str, Any]:
         text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
         prediction, propensity = score(text, model, threshold)
-        metrics.scored(prediction, propensity)
+        metrics.scored([(prediction, propensity)])
         return {"prediction": prediction, "propensity": propensity, "threshold": threshold}
 
     @app.post("/score")
@@ -160,8 +164,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
         fields = read_fields()
         texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
         results = score_batch(texts, model, threshold)
-        for prediction, propensity in results:
-            metrics.scored(prediction, propensity)
+        metrics.scored(results)
         return {
             "results": [
                 {"prediction": prediction, "propensity": propensity} for prediction, propensity in results

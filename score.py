@@ -253,6 +253,8 @@ class _FoldedVectorizer:
         """Return the terms of a text that are in the vocabulary, and their sums of weights and of squares."""
         index, weight, square = self.index, self.weight, self.square
         terms = [index[term] for term in self.analyze(text) if term in index]
+        if not terms:  # as in most words of most vectorizers
+            return (), 0.0, 0.0
         return terms, sum([weight[term] for term in terms]), sum([square[term] for term in terms])
 
     def decision(self, terms: Sequence[int], dot: float, square: float) -> float:
