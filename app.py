@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -124,6 +125,9 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     # A model that cannot score fails here, and one that can is folded before the workers fork.
     score("", model, card["threshold"])
     metrics = Metrics(card)
+    # Batches are scored in turn: side by side they would only take the interpreter from each other, and from
+    # single messages.
+    turn = threading.Lock()
     app = Flask(__name__)
     specification = (Path(app.static_folder) / "openapi.json").read_text(encoding="utf-8")
     # A form has no limits of its own below that of every body.
@@ -163,8 +167,9 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def score_many() -> dict[str, Any]:
         fields = read_fields()
         texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
-        results = score_batch(texts, model, threshold)
-        metrics.scored(results)
+        with turn:
+            results = score_batch(texts, model, threshold)
+            metrics.scored(results)
         return {
             "results": [
                 {"prediction": prediction, "propensity": propensity} for prediction, propensity in results
