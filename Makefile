@@ -2,8 +2,6 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False
-STRIP := $(BIN)/jupyter nbconvert --to notebook --inplace --TagRemovePreprocessor.enabled=True \
-	--TagRemovePreprocessor.remove_all_outputs_tags=private-output
 SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -16,6 +14,18 @@ for text in "WINNER! Your number was drawn. Call 09061701461 now to claim", "Run
     print(f"{'spam' if is_spam else 'ham ':5} propensity {propensity:.3f}  {text}")
 endef
 export EXAMPLES
+
+# nbconvert would take the cells' execution counts away too.
+define STRIP
+import sys
+import nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+for cell in notebook.cells:
+    if "private-output" in cell.metadata.get("tags", []):
+        cell.outputs = []
+nbformat.write(notebook, sys.argv[1])
+endef
+export STRIP
 
 .PHONY: help run test serve ui notebooks transfer bench image up down hooks clean
 
@@ -44,7 +54,7 @@ notebooks: .venv/requirements-transfer.txt | build  ## execute the committed not
 	$(EXECUTE) --inplace prepare.ipynb
 	$(EXECUTE) --inplace train.ipynb
 	$(EXECUTE) --output-dir build transfer_learning.ipynb
-	$(STRIP) build/transfer_learning.ipynb
+	@$(BIN)/python -c "$$STRIP" build/transfer_learning.ipynb
 	mv build/transfer_learning.ipynb .
 
 transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)

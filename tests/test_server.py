@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,24 @@ def test_a_fault_shows_no_stack_trace(caplog, fields):
     assert "Traceback" not in response.text
     assert "broken inside" in caplog.text
     assert "my secret" not in caplog.text
+
+
+def test_batches_are_scored_in_turn():
+    meeting, met = threading.Barrier(2), []
+
+    class Meeting(BaseEstimator):
+        def predict_proba(self, texts):
+            if texts != [""]:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    met.append(meeting.wait(timeout=1))
+            return np.full((len(texts), 2), 0.5)
+
+    card = {"name": "meeting", "sha256": "0", "threshold": 0.5, "operating_points": []}
+    client = service.create_app(Meeting(), card).test_client
+    with ThreadPoolExecutor() as pool:
+        posts = [pool.submit(client().post, "/score/batch", json={"texts": [text]}) for text in "ab"]
+        assert [post.result().status_code for post in posts] == [200, 200]
+    assert met == []
 
 
 def test_a_model_that_cannot_score_is_not_served():

@@ -157,11 +157,14 @@ def test_without_photos_and_kaggle_the_text_part_runs_on_the_stand_in(tmp_path):
     assert "the loaded model predicts as the trained one: True" in text
 
 
-def test_committed_notebook_keeps_private_outputs_private():
-    private = [cell for cell in code_cells(NOTEBOOK) if "private-output" in cell["metadata"].get("tags", [])]
+def test_committed_notebook_is_executed_and_keeps_private_outputs_private():
+    code = code_cells(NOTEBOOK)
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    private = [cell for cell in code if "private-output" in cell["metadata"].get("tags", [])]
     assert private
     assert all(cell["outputs"] == [] for cell in private)
     assert not re.search(r"/(home|root|tmp|work|Users|content)/", printed(NOTEBOOK))
+    assert [output for cell in code for output in cell["outputs"] if output.get("name") == "stderr"] == []
 
 
 class TestDownloadImages:
