@@ -142,6 +142,24 @@ class TestSmallRun:
         }
         assert all(any(name.endswith("macro_f1") for name in run.data.metrics) for run in runs)
 
+    def test_every_figure_is_tracked(self, small_run):
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
+        tracked = {}
+        for name in ("duck-chicken", "tweet-sentiment"):
+            for run in client.search_runs([client.get_experiment_by_name(name).experiment_id]):
+                tracked |= {(name, metric): value for metric, value in run.data.metrics.items()}
+        for score in ("precision", "recall", "f1-score"):
+            assert ("duck-chicken", f"test_duck_{score}") in tracked
+            assert ("tweet-sentiment", f"test_neutral_{score}") in tracked
+        low, accuracy, high = (
+            tracked["duck-chicken", f"folds_{name}"] for name in ("error_low", "accuracy", "error_high")
+        )
+        assert 0 <= low <= 1 - accuracy <= high <= 1
+        assert ("duck-chicken", "accuracy_with_10_photos") in tracked
+        assert ("tweet-sentiment", "validation_accuracy") in tracked
+
     def test_no_warning_is_shown(self, small_run):
         outputs = [output for cell in code_cells(small_run / "out.ipynb") for output in cell["outputs"]]
         assert [output for output in outputs if output.get("name") == "stderr"] == []
