@@ -146,19 +146,26 @@ class TestSmallRun:
         import mlflow
 
         client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
-        tracked = {}
-        for name in ("duck-chicken", "tweet-sentiment"):
-            for run in client.search_runs([client.get_experiment_by_name(name).experiment_id]):
-                tracked |= {(name, metric): value for metric, value in run.data.metrics.items()}
-        for score in ("precision", "recall", "f1-score"):
-            assert ("duck-chicken", f"test_duck_{score}") in tracked
-            assert ("tweet-sentiment", f"test_neutral_{score}") in tracked
-        low, accuracy, high = (
-            tracked["duck-chicken", f"folds_{name}"] for name in ("error_low", "accuracy", "error_high")
+        photos, tweets = (
+            {
+                run.info.run_name: run.data.metrics
+                for run in client.search_runs([client.get_experiment_by_name(name).experiment_id])
+            }
+            for name in ("duck-chicken", "tweet-sentiment")
         )
-        assert 0 <= low <= 1 - accuracy <= high <= 1
-        assert ("duck-chicken", "accuracy_with_10_photos") in tracked
-        assert ("tweet-sentiment", "validation_accuracy") in tracked
+        assert "accuracy_with_10_photos" in photos["featurizer"]
+        assert "validation_accuracy" in tweets["tf-idf + logistic"]
+        [chosen] = [metrics for metrics in photos.values() if "folds_accuracy" in metrics]
+        assert 0 <= chosen["folds_error_low"] <= 1 - chosen["folds_accuracy"] <= chosen["folds_error_high"]
+        tested = [(chosen, ("chicken", "duck"))]
+        tested += [(metrics, ("negative", "neutral", "positive")) for metrics in tweets.values()]
+        assert len(tested) == 3
+        for metrics, classes in tested:
+            assert all(
+                f"test_{name}_{score}" in metrics for name in classes for score in ("precision", "recall")
+            )
+            f1 = [metrics[f"test_{name}_f1"] for name in classes]
+            assert metrics["test_macro_f1"] == pytest.approx(sum(f1) / len(f1))
 
     def test_no_warning_is_shown(self, small_run):
         outputs = [output for cell in code_cells(small_run / "out.ipynb") for output in cell["outputs"]]
@@ -369,3 +376,14 @@ def test_head_is_the_logistic_regression_on_the_features(notebook, tmp_path):
     _, head = notebook.last_layer(model)
     assert (head.weight.abs().sum(dim=1) > 0).all()  # Grad-CAM needs a gradient for either class
     assert notebook.explain(model, photos[0]).size == (64, 64)
+
+
+def test_scores_of_each_class_go_by_its_name(notebook):
+    truth, predicted = ["duck", "goose", "goose", "goose"], ["duck", "duck", "goose", "goose"]
+    metrics = notebook.score_test(truth, predicted, ("swan", "goose", "duck"))
+    assert metrics["test_duck_precision"] == 0.5
+    assert metrics["test_duck_recall"] == 1
+    assert metrics["test_goose_precision"] == 1
+    assert metrics["test_goose_recall"] == pytest.approx(2 / 3)
+    assert metrics["test_swan_f1"] == 0
+    assert metrics["test_accuracy"] == 0.75
