@@ -16,6 +16,7 @@ RUN pip install --no-cache-dir --only-binary :all: --root-user-action ignore -r 
 COPY models/best_model.joblib models/best_model.json models/
 COPY templates templates/
 COPY static static/
+COPY engine engine/
 COPY score.py app.py ./
 # Whatever the umask of the one who builds; owned by root, so the service cannot change them.
 RUN chmod -R a+rX .

@@ -1,6 +1,9 @@
 PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
+UV_VERSION := 0.13.9
+REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt benchmarks/requirements.txt
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --constraint requirements.lock
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -27,24 +30,33 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run test serve ui notebooks transfer bench image up down hooks clean
+.PHONY: help run check test coverage serve ui notebooks transfer bench image up down hooks lock clean clean-experiments
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
 
 run: build/train.ipynb  ## prepare the data, train, select and save the model, show what it does
 	@echo; cat build/benchmarks.md; echo; cat build/repeated.txt; echo
 	@$(BIN)/python -c "$$EXAMPLES"
 	@echo; echo "Serve it with 'make serve' and open http://127.0.0.1:$(PORT)"
 
-test: build/prepare.ipynb .venv/requirements-transfer.txt  ## check the style and run all tests, write coverage.txt
+check: .venv/requirements.txt | build  ## style, and the tests that take no notebook run, torch, Docker or browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
-	@sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp
-	@mv build/coverage.tmp coverage.txt
+	$(BIN)/lint-imports --no-cache | tail -n 1
+	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser)"
 
-serve: .venv/requirements.txt  ## serve the model on PORT
+test: .venv/requirements-transfer.txt | build  ## style and all tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache | tail -n 1
+	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
+
+coverage: test  ## all tests, and their report in coverage.txt
+	sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp
+	mv build/coverage.tmp coverage.txt
+
+serve: .venv/requirements-serve.txt  ## serve the model on PORT
 	PORT=$(PORT) $(BIN)/python app.py
 
 ui: build/train.ipynb  ## look at the experiments in MLflow, on port 5001
@@ -52,7 +64,7 @@ ui: build/train.ipynb  ## look at the experiments in MLflow, on port 5001
 
 notebooks: .venv/requirements-transfer.txt | build  ## execute the committed notebooks in place
 	$(EXECUTE) --inplace prepare.ipynb
-	$(EXECUTE) --inplace train.ipynb
+	WITH_TRANSFORMER=yes $(EXECUTE) --inplace train.ipynb
 	$(EXECUTE) --output-dir build transfer_learning.ipynb
 	@$(BIN)/python -c "$$STRIP" build/transfer_learning.ipynb
 	mv build/transfer_learning.ipynb .
@@ -60,11 +72,11 @@ notebooks: .venv/requirements-transfer.txt | build  ## execute the committed not
 transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)
 	$(BIN)/papermill transfer_learning.ipynb build/transfer_learning.ipynb
 
-bench: build/bench-venv/requirements.txt  ## measure the service against others under load
-	build/bench-venv/bin/python -m benchmarks.bench
+bench: build/bench/requirements.txt  ## measure the service against others under load
+	build/bench/bin/python -m benchmarks.bench
 
 image:  ## build the container image
-	docker build -t sms-spam .
+	docker build --build-arg BASE -t sms-spam .
 
 up: image  ## run the container on PORT
 	docker run --rm --detach --name sms-spam --read-only --cap-drop ALL -p 127.0.0.1:$(PORT):5000 sms-spam
@@ -75,29 +87,40 @@ down:  ## stop the container
 hooks:  ## run test.py before every commit to main
 	git config core.hooksPath hooks
 
-clean:  ## remove what the targets made, but not the committed model
-	rm -rf build mlflow.db mlruns .coverage .pytest_cache .ruff_cache .hypothesis
+lock:  ## pin all that the requirements need, for every platform, in requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--output-file requirements.lock $(REQUIREMENTS)
+	sed -i "1i # Made by make lock from requirements with the sha256 $$(cat $(REQUIREMENTS) | sha256sum | cut -c 1-64)" requirements.lock
+
+clean:  ## remove what the targets made, but for the environment, the experiments and the data
+	rm -rf build .coverage .pytest_cache .ruff_cache .hypothesis
+
+clean-experiments: clean  ## remove the experiments too: mlflow.db and mlruns
+	rm -rf mlflow.db mlruns
 
 build:
 	mkdir -p $@
 
-build/prepare.ipynb: prepare.ipynb params.yaml dvc.yaml data/profile.py .venv/requirements.txt | build
+build/prepare.ipynb: prepare.ipynb params.yaml dvc.yaml data/profile_messages.py engine/files.py .venv/requirements.txt | build
 	$(BIN)/papermill $< $@
 
-build/train.ipynb: train.ipynb params.yaml score.py $(wildcard data/*.dvc) build/prepare.ipynb
+build/train.ipynb: train.ipynb params.yaml score.py $(wildcard engine/*.py data/*.dvc) build/prepare.ipynb
 	$(BIN)/papermill $< $@
 
-.venv/requirements.txt: requirements.txt requirements-serve.txt
+.venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	cp requirements.txt $@
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+
+.venv/requirements-serve.txt .venv/requirements.txt: .venv/%: % requirements-serve.txt requirements.lock | .venv/bin/uv
+	$(INSTALL) --requirement $<
+	cp $< $@
 
 .venv/requirements-transfer.txt: requirements-transfer.txt .venv/requirements.txt
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-transfer.txt
-	cp requirements-transfer.txt $@
+	$(INSTALL) --requirement requirements-transfer.txt
+	cp $< $@
 
-build/bench-venv/requirements.txt: benchmarks/requirements.txt requirements-serve.txt | build
-	$(PYTHON) -m venv build/bench-venv
-	build/bench-venv/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt
-	cp benchmarks/requirements.txt $@
+build/bench/requirements.txt: benchmarks/requirements.txt requirements.lock | build .venv/bin/uv
+	$(BIN)/uv venv --quiet --clear build/bench
+	$(INSTALL) --python build/bench/bin/python --requirement $<
+	cp $< $@

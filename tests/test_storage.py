@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
 from moto.server import ThreadedMotoServer
 
 BUCKET = "sms-data"
@@ -34,12 +33,12 @@ def bucket(monkeypatch):
     server.stop()
 
 
-def test_push_wipe_and_pull(clone, bucket, tmp_path):
+def test_push_wipe_and_pull(prepared, clone, bucket, tmp_path):
     project = clone(tmp_path / "clone")
     pointers = sorted(map(str, (project / "data").glob("*.csv.dvc")))
     files = [Path(pointer.removesuffix(".dvc")) for pointer in pointers]
     for file in files:
-        shutil.copy2(PROJECT / "data" / file.name, file)
+        shutil.copy2(prepared / "data" / file.name, file)
     content = [file.read_bytes() for file in files]
 
     def dvc(*arguments):

@@ -1,23 +1,19 @@
 """The transfer-learning notebook: its functions, and the whole of it run small."""
 
 import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import types
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from pathlib import Path
 
 import pytest
-from conftest import code_cells
+from helpers import NOWHERE, ROOT, code_cells, printed, run_notebook
 
-NOTEBOOK = Path(__file__).parents[1] / "transfer_learning.ipynb"
-NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses the connection
+NOTEBOOK = ROOT / "transfer_learning.ipynb"
+pytestmark = pytest.mark.torch
 SMALL = {
     "photo_size": 64,
     "crop_size": 48,
@@ -31,24 +27,12 @@ if importlib.util.find_spec("torchcam") is None and not os.environ.get("CI"):
     pytest.skip("needs pip install -r requirements-transfer.txt", allow_module_level=True)
 
 
-def printed(path):
-    """Return all that the cells of an executed notebook printed or displayed as text."""
-    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    return "\n".join("".join(text) for text in texts)
-
-
 def execute_notebook(folder, parameters, environment):
-    """Execute the notebook in `folder` with papermill; returns the path of the executed one."""
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-y", json.dumps(parameters)]
-    variables = (
-        os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "HF_HUB_OFFLINE": "1"} | environment
-    )
-    done = subprocess.run(
-        [*command, str(NOTEBOOK), "out.ipynb"], cwd=folder, env=variables, capture_output=True, text=True
-    )
+    """Execute the notebook in `folder`; returns the path of the executed one."""
+    variables = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "HF_HUB_OFFLINE": "1"} | environment
+    done, executed = run_notebook(NOTEBOOK, folder, parameters, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "out.ipynb"
+    return executed
 
 
 def draw_photos(folder, count, size=96):
@@ -104,21 +88,21 @@ class TestSmallRun:
     """The whole notebook on a few photos and tweets."""
 
     def test_reports_name_all_classes(self, small_run):
-        rows = report_rows(printed(small_run / "out.ipynb"))
+        rows = report_rows(printed(small_run / "build/transfer_learning.ipynb"))
         assert rows >= {"chicken", "duck", "negative", "neutral", "positive"}
 
     def test_tweets_are_learned_and_predicted_in_order(self, small_run):
-        rows = [row.split() for row in printed(small_run / "out.ipynb").splitlines()]
+        rows = [row.split() for row in printed(small_run / "build/transfer_learning.ipynb").splitlines()]
         accuracy = [float(row[1]) for row in rows if len(row) == 3 and row[0] == "accuracy"]
         assert accuracy[-1] > 0.8
 
     def test_counts_what_it_drops(self, small_run):
-        text = printed(small_run / "out.ipynb")
+        text = printed(small_run / "build/transfer_learning.ipynb")
         assert "train.csv: 302 rows, 1 of them blank and dropped" in text
         assert "also stand in test, dropped from train: 1" in text
 
     def test_loaded_models_predict_as_the_trained_ones(self, small_run):
-        text = printed(small_run / "out.ipynb")
+        text = printed(small_run / "build/transfer_learning.ipynb")
         assert "the loaded model predicts as the saved one: True" in text
         assert "the loaded model predicts as the trained one: True" in text
 
@@ -168,7 +152,8 @@ class TestSmallRun:
             assert metrics["test_macro_f1"] == pytest.approx(sum(f1) / len(f1))
 
     def test_no_warning_is_shown(self, small_run):
-        outputs = [output for cell in code_cells(small_run / "out.ipynb") for output in cell["outputs"]]
+        cells = code_cells(small_run / "build/transfer_learning.ipynb")
+        outputs = [output for cell in cells for output in cell["outputs"]]
         assert [output for output in outputs if output.get("name") == "stderr"] == []
 
 

@@ -1,17 +1,12 @@
-"""Tests of score.py beyond the assignment: folding, loading, explanations, and how the model behaves."""
+"""Tests of engine/linear.py: what is folded, and that it scores and explains as scikit-learn does."""
 
-import json
-import os
-import pickle
 import re
-import shutil
 from functools import partial
-from pathlib import Path
 
-import joblib
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.base import BaseEstimator
@@ -24,10 +19,9 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 from sklearn.utils.extmath import safe_sparse_dot
 
-import score as scoring
-from score import explain, load_card, load_model, score, score_batch
+from engine import linear
+from score import explain, load_model, score, score_batch
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
     "WINNER!! Claim your £900 prize, call 09061701461 now",
     "Free entry: txt WIN to 80086, win win win",
@@ -50,15 +44,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def test_texts():
-    """The texts of the test split, which `make test` prepares."""
-    path = ROOT / "data" / "test.csv"
-    if not path.exists():
-        reason = f"{path} is missing: `make run` prepares it"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    import pandas as pd
-
-    return pd.read_csv(path)["text"].tolist()
+def test_texts(prepared):
+    """The texts of the test split."""
+    return pd.read_csv(prepared / "data/test.csv", keep_default_na=False)["text"].tolist()
 
 
 def fit(*vectorizers, **weights) -> Pipeline:
@@ -94,6 +82,7 @@ FOLDED = {
     "runs of digits": fit(TfidfVectorizer(preprocessor=partial(re.compile(r"\d+ ?").sub, "0"))),
     "some digits": fit(TfidfVectorizer(preprocessor=partial(re.compile(r"\d").sub, "0", count=2))),
     "characters": fit(TfidfVectorizer(analyzer="char", ngram_range=(1, 4))),
+    "characters without a token": fit(TfidfVectorizer(analyzer="char", token_pattern=None)),
     "long characters": fit(TfidfVectorizer(analyzer="char", ngram_range=(4, 5), lowercase=False)),
     "characters of words": fit(TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3), sublinear_tf=True)),
     "long characters of words": fit(CountVectorizer(analyzer="char_wb", ngram_range=(5, 6))),
@@ -119,7 +108,9 @@ OTHER = {
     "another projection": fit(make_pipeline(CountVectorizer(), FunctionTransformer(np.sqrt))),
     "single precision": fit(TfidfVectorizer(dtype=np.float32)),
     "union in a union": fit(make_union(TfidfVectorizer())),
+    "sparse coefficients": fit(TfidfVectorizer()),
 }
+OTHER["sparse coefficients"][-1].sparsify()
 
 
 def decide(model: BaseEstimator, texts: list[str]) -> np.ndarray:
@@ -144,8 +135,11 @@ def assert_explained(model: BaseEstimator, texts: list[str]) -> None:
         assert sum(contributions) + intercept == pytest.approx(expected, abs=1e-9)
 
 
-def test_model_is_folded(model):
-    assert explain("free", model) is not None
+def test_saved_model_takes_the_fastest_way(model):
+    """Its patterns, which train.ipynb writes, are among those that make a vectorizer wordwise."""
+    folded = linear.find_folded(model)
+    assert folded.wordwise
+    assert not folded.whole
 
 
 def test_scores_equal_sklearn_on_the_test_split(model, test_texts):
@@ -244,18 +238,10 @@ def test_a_model_that_cannot_be_folded_any_more():
 def test_a_model_is_not_kept_alive():
     model = fit(TfidfVectorizer())
     score(TEXTS[0], model, 0.5)
-    assert model in scoring._folded_models
-    kept = len(scoring._folded_models)
+    assert model in linear._folded_models
+    kept = len(linear._folded_models)
     del model
-    assert len(scoring._folded_models) == kept - 1
-
-
-def test_explanation_points_at_the_words(model):
-    text = "hi mum, claim your FREE prize now"
-    contributions = explain(text, model)
-    prize = sum(contributions[text.index("FREE") : text.index(" now")])
-    assert prize > sum(contributions[: text.index(",")])
-    assert prize > 0
+    assert len(linear._folded_models) == kept - 1
 
 
 @pytest.mark.parametrize("text", [None, 5, b"free"])
@@ -264,136 +250,68 @@ def test_explain_refuses_what_is_no_text(model, text):
         explain(text, model)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A copy of the saved model and its card."""
-    for suffix in (".joblib", ".json"):
-        shutil.copy(scoring.MODEL_PATH.with_suffix(suffix), tmp_path)
-    return tmp_path / scoring.MODEL_PATH.name
+def test_explanation_is_placed_where_lower_case_is_longer(model):
+    prefix = "İ" * 10
+    contributions = explain(f"{prefix} FREE prize", model)
+    assert sum(contributions[len(prefix) :]) == pytest.approx(sum(explain(" FREE prize", model)), abs=0.3)
+    assert sum(contributions[len(prefix) :]) > 0
 
 
-def write_card(path: Path, **changes) -> None:
-    """Change entries of the card of a saved model."""
-    path.with_suffix(".json").write_text(json.dumps(load_card(path) | changes))
+def test_one_long_word_does_not_switch_the_memory_off():
+    model = fit(TfidfVectorizer(token_pattern=r"(?u)\b\w+\b"))
+    remembered = linear.find_folded(model).remembered_word
+    score("a message with http://" + "x" * 40, model, 0.5)
+    before = remembered.cache_info()
+    score("a message with http://" + "y" * 40, model, 0.5)
+    after = remembered.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (3, 0)
 
 
-def test_load_model(saved, model):
-    assert score(TEXTS[0], load_model(str(saved)), 0.5) == score(TEXTS[0], model, 0.5)
+def test_a_fold_that_gives_something_else_is_not_used(monkeypatch):
+    model = fit(TfidfVectorizer())
+    monkeypatch.setattr(linear.FoldedVectorizer, "log_odds", lambda *_: 0.1)
+    assert explain(TEXTS[0], model) is None
+    assert_equal_to_sklearn(model, TEXTS)
 
 
-def test_card_describes_the_model():
-    card = load_card()
-    assert 0 < card["threshold"] < 1
-    assert [point["threshold"] for point in card["operating_points"]] == pytest.approx(np.linspace(0, 1, 101))
-
-
-def test_load_model_runs_no_code_of_another_file(saved, tmp_path):
-    trace = tmp_path / "trace"
-
-    class Payload:
-        def __reduce__(self):
-            return Path.touch, (trace,)
-
-    saved.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(ValueError, match="does not have the sha256 of its card"):
-        load_model(saved)
-    assert not trace.exists()
-    joblib.load(saved)
-    assert trace.exists()
-
-
-def test_load_model_of_another_version(saved):
-    write_card(saved, versions={"scikit-learn": "0.1"})
-    with pytest.raises(ValueError, match=r"saved with scikit-learn 0\.1"):
-        load_model(saved)
-
-
-def test_load_model_without_a_file(saved):
-    saved.unlink()
-    with pytest.raises(FileNotFoundError, match=r"best_model\.joblib is missing"):
-        load_model(saved)
-
-
-def test_load_model_without_a_card(saved):
-    saved.with_suffix(".json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"best_model\.json is missing"):
-        load_model(saved)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"name": "model"}', "[" * 100_000])
-def test_load_model_with_a_broken_card(saved, content):
-    saved.with_suffix(".json").write_text(content)
-    with pytest.raises(ValueError, match=r"best_model\.json is not JSON with a valid"):
-        load_model(saved)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("name", None),
-        ("sha256", 5),
-        ("threshold", None),
-        ("threshold", "0.5"),
-        ("threshold", True),
-        ("threshold", 1.5),
-        ("threshold", float("nan")),
-        ("versions", None),
-        ("versions", ["1.9.1"]),
-        ("operating_points", None),
-        ("operating_points", {}),
-        ("operating_points", [0.5]),
-        ("operating_points", [{"precision": 0.9}]),
-        ("operating_points", [{"threshold": None}]),
-    ],
+VECTORIZERS = st.fixed_dictionaries(
+    {
+        "analyzer": st.sampled_from(["word", "char", "char_wb"]),
+        "ngram_range": st.sampled_from([(1, 1), (1, 2), (2, 3), (3, 5)]),
+        "lowercase": st.booleans(),
+        "strip_accents": st.sampled_from([None, "ascii", "unicode"]),
+        "stop_words": st.sampled_from([None, "english", ["you", "win"]]),
+        "token_pattern": st.sampled_from([r"(?u)\b\w\w+\b", r"(?u)\w+|[^\w\s]", r"\S+", r"(\w)\w*", None]),
+        "preprocessor": st.sampled_from([None, digits, str.strip, str.swapcase]),
+        "tokenizer": st.sampled_from([None, str.split]),
+        "binary": st.booleans(),
+        "max_features": st.sampled_from([None, 20]),
+        "min_df": st.sampled_from([1, 2]),
+    }
 )
-def test_load_model_with_a_card_of_wrong_types(saved, key, value):
-    write_card(saved, **{key: value})
-    with pytest.raises(ValueError, match=r"best_model\.json is not JSON with a valid"):
-        load_model(saved)
-
-
-# How the model behaves: what must not change its answer, and what must.
-
-
-def log_odds(text: str, model: BaseEstimator) -> float:
-    """Return the log-odds of spam."""
-    return float(decide(model, [text])[0])
-
-
-@pytest.mark.parametrize("name", ["Anna", "Priya", "John", "Mohammed", "Xiu", "Zbigniew"])
-@pytest.mark.parametrize(
-    ("text", "prediction"),
-    [
-        ("Hi {}, are you coming home for dinner tonight?", False),
-        ("{} said she will be late, so don't wait", False),
-        ("Congratulations {}! You have won a £1000 prize. Call 09061701461 to claim", True),
-    ],
+WEIGHTING = st.fixed_dictionaries(
+    {
+        "norm": st.sampled_from(["l2", "l1", None]),
+        "use_idf": st.booleans(),
+        "smooth_idf": st.booleans(),
+        "sublinear_tf": st.booleans(),
+        "dtype": st.sampled_from([np.float64, np.float32]),
+    }
 )
-def test_a_name_does_not_decide(model, text, name, prediction):
-    assert score(text.format(name), model, load_card()["threshold"])[0] is prediction
 
 
-@pytest.mark.parametrize("edit", [str.strip, lambda text: f"  {text} ", lambda text: text.replace(" ", "  ")])
-@pytest.mark.parametrize("text", TEXTS)
-def test_spacing_does_not_decide(model, text, edit):
-    threshold = load_card()["threshold"]
-    assert score(edit(text), model, threshold)[0] == score(text, model, threshold)[0]
-
-
-@pytest.mark.parametrize("number", ["09061701461", "08712300220", "09058094455"])
-def test_which_number_does_not_decide(model, number):
-    assert score(f"You have won a prize! Call {number} to claim", model, load_card()["threshold"])[0]
-
-
-@pytest.mark.parametrize(
-    "addition", [" Call 09061701461 to claim", " FREE prize, txt WIN to 80086", " £1000 cash"]
-)
-@pytest.mark.parametrize("text", TEXTS[3:])
-def test_an_offer_pushes_towards_spam(model, text, addition):
-    assert log_odds(text + addition, model) > log_odds(text, model) + 0.5
-
-
-@pytest.mark.parametrize("addition", [" see you at home later", " sorry i'm late, ok?", " haha love you"])
-@pytest.mark.parametrize("text", TEXTS[:3])
-def test_small_talk_pushes_towards_ham(model, text, addition):
-    assert log_odds(text + addition, model) < log_odds(text, model)
+@pytest.mark.filterwarnings("ignore")  # scikit-learn warns of parameters that have no effect
+@settings(deadline=None, max_examples=150)
+@given(VECTORIZERS, st.none() | WEIGHTING, st.booleans(), st.lists(ODD, max_size=3))
+def test_any_vectorizer_is_scored_as_sklearn_scores_it(parameters, weighting, sparse_coefficients, texts):
+    vectorizer = CountVectorizer() if weighting is None else TfidfVectorizer()
+    vectorizer.set_params(**parameters, **(weighting or {}))
+    try:
+        model = make_pipeline(vectorizer, LogisticRegression()).fit(TEXTS, LABELS)
+    except (TypeError, ValueError, AttributeError):
+        assume(False)  # scikit-learn itself takes no such combination
+    if sparse_coefficients:
+        model[-1].sparsify()
+    assert_equal_to_sklearn(model, [*TEXTS, *texts])
+    if explain("free", model) is not None:
+        assert_explained(model, [*TEXTS, *texts])

@@ -1,0 +1,173 @@
+"""What the test modules share: examples, servers, and the cells of notebooks."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from sklearn.base import BaseEstimator
+
+ROOT = Path(__file__).resolve().parents[1]
+NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses the connection
+SPAM = [
+    "URGENT! You have won a 1 week FREE membership in our £100,000 prize Jackpot! Call 09061701461 to claim",
+    "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",
+    "Txt STOP to end. Your mobile was awarded a FREE Nokia, reply WIN to 80182, 150p per msg",
+]
+HAM = [
+    "Sorry, I'll call you later, I'm in a meeting",
+    "ok see you at home, do you need me to get some milk?",
+    "haha yeah i know, what time are you going to be there tomorrow",
+]
+
+
+def missing(what: str) -> None:
+    """Skip a test because something is not on this machine; on a CI machine, fail."""
+    pytest.fail(what) if os.environ.get("CI") == "true" else pytest.skip(what)
+
+
+# Servers
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def poll(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    """Wait until a condition holds and return it, or fail."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    pytest.fail(f"waited {seconds} s in vain for {what}")
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server answers."""
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"{url}/health", timeout=1).ok
+    return False
+
+
+@contextlib.contextmanager
+def launched(
+    *command: str, host: str = "127.0.0.1", seconds: float = 30, **environment: str
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Run a server and give its process and address once it answers; leave nothing of it behind.
+
+    Args:
+        command: what runs it, `python app.py` by default; {port} stands for the port.
+        host: how its address is written.
+        seconds: how long it may take to answer.
+        environment: variables that it gets besides those of this process.
+    """
+    port = free_port()
+    process = subprocess.Popen(
+        [part.replace("{port}", str(port)) for part in command or (sys.executable, str(ROOT / "app.py"))],
+        cwd=ROOT,
+        env={**os.environ, "PORT": str(port), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that its workers can be ended with it
+    )
+    url = f"http://{host}:{port}"
+    try:
+        poll(lambda: process.poll() is not None or answers(url), "the server to answer", seconds)
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with status {process.returncode}: {process.stdout.read()}")
+        yield process, url
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a server, and what is left of its workers and its folders."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    for folder in metric_folders(process):
+        shutil.rmtree(folder)
+
+
+def metric_folders(process: subprocess.Popen) -> list[Path]:
+    """Return the folders that a server counts into."""
+    return list(Path("/dev/shm").glob(f"spam-metrics-{process.pid}-*"))
+
+
+def counted(exposition: str, sample: str) -> float:
+    """Return the value of a sample in what /metrics answers, 0 where it is not there."""
+    match = re.search(rf"^{re.escape(sample)} (.*)$", exposition, re.MULTILINE)
+    return float(match[1]) if match else 0
+
+
+class LengthModel(BaseEstimator):
+    """A stub whose propensity is the length of the text in percent."""
+
+    def predict_proba(self, texts):
+        share = np.minimum([len(text) / 100 for text in texts], 1)
+        return np.column_stack([1 - share, share])
+
+
+def stub_card(name: str = "stub", **entries: Any) -> dict[str, Any]:
+    """Return the card of a stub."""
+    return {"name": name, "sha256": "0", "threshold": 0.5, "operating_points": [], **entries}
+
+
+# Notebooks
+
+
+def code_cells(path: Path) -> list[dict[str, Any]]:
+    """Return the code cells of a notebook."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def printed(path: Path) -> str:
+    """Return what the cells of an executed notebook printed or displayed as text."""
+    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "\n".join("".join(text) for text in texts)
+
+
+def run_notebook(
+    notebook: Path, folder: Path, parameters: dict[str, Any] | None = None, **environment: str
+) -> tuple[subprocess.CompletedProcess, Path]:
+    """Execute a notebook in a folder.
+
+    Returns:
+        The finished process, and the path of the executed notebook in `folder`/build.
+    """
+    executed = folder / "build" / notebook.name
+    executed.parent.mkdir(exist_ok=True)
+    # What runs elsewhere is not what is measured here.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    command = ["-m", "papermill", "--no-progress-bar", "-y", json.dumps(parameters or {})]
+    done = subprocess.run(
+        [sys.executable, *command, str(notebook), str(executed)],
+        cwd=folder,
+        env={**outside, **environment},
+        capture_output=True,
+        text=True,
+    )
+    return done, executed

@@ -1,0 +1,224 @@
+"""The production server: `python app.py` under slow clients, signals, lost workers and a bad environment."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from helpers import HAM, ROOT, SPAM, answers, end, launched, metric_folders, poll
+
+SPAM, HAM = SPAM[0], HAM[0]
+UNFINISHED = (
+    b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+)
+
+
+def accepts_connections(url: str) -> bool:
+    """Tell whether a server accepts a connection."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) == 0
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Return the process ids of the workers of a server."""
+    return [
+        int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a production server with two workers."""
+    with launched(WORKERS="2") as (_, url):
+        yield url
+
+
+def test_schemathesis(server, tmp_path):
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks.negative_data_rejection]\nexpected-statuses = ["400", "405", "413", "415"]\n'
+    )
+    command = [
+        *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{server}/openapi.json"),
+        *("--seed", "1", "--max-examples", "50", "--phases", "examples,coverage,fuzzing"),
+        *("--request-timeout", "10", "--no-color"),
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[:4000] + run.stderr[-2000:]
+    assert "No issues found" in run.stdout
+
+
+@pytest.mark.parametrize(("texts", "status"), [(104, 200), (105, 413)])
+def test_large_body_on_the_server(server, texts, status):
+    response = requests.post(f"{server}/score/batch", json={"texts": ["x " * 5000] * texts}, timeout=10)
+    assert response.status_code == status
+
+
+@pytest.mark.parametrize(("kilobytes", "status"), [(1, 200), (1049, 413)])
+def test_body_of_unstated_length(server, kilobytes, status):
+    chunks = [b'{"text": "free"}', *[b" " * 1000] * kilobytes]
+    headers = {"Content-Type": "application/json"}
+    response = requests.post(f"{server}/score", data=iter(chunks), headers=headers, timeout=10)
+    assert response.status_code == status, response.text
+
+
+def test_slow_clients_do_not_hold_up_others(server):
+    address = ("127.0.0.1", int(server.rsplit(":", 1)[1]))
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(address)).sendall(UNFINISHED)
+        for _ in range(20):
+            assert requests.post(f"{server}/score", json={"text": HAM}, timeout=5).ok
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_stop_under_load(stop):
+    statuses, early_errors = [], []
+    stopping = threading.Event()
+
+    def send(url: str) -> None:
+        with requests.Session() as session:
+            while not stopping.is_set():
+                try:
+                    statuses.append(session.post(f"{url}/score", json={"text": SPAM}, timeout=10).status_code)
+                except requests.ConnectionError as error:
+                    if not stopping.is_set():
+                        early_errors.append(error)
+
+    with launched(WORKERS="2") as (process, url):
+        workers = children(process)
+        assert len(workers) == 2
+        assert metric_folders(process)
+        threads = [threading.Thread(target=send, args=(url,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        poll(lambda: len(statuses) > 200 or early_errors, "200 answers")
+        begun = time.monotonic()
+        stopping.set()
+        process.send_signal(stop)
+        log, _ = process.communicate(timeout=10)
+        seconds = time.monotonic() - begun
+        for thread in threads:
+            thread.join()
+        assert process.returncode == 0, log
+        assert seconds < 2
+        assert not early_errors
+        assert set(statuses) == {200}
+        assert log.count("\n") == 1, log
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+        assert not metric_folders(process)
+
+
+def test_a_request_in_flight_is_answered_before_the_server_ends(tmp_path):
+    program = f"""
+import functools, pathlib, time, numpy, app, sklearn.base
+class Held(sklearn.base.BaseEstimator):
+    def predict_proba(self, texts):
+        if texts == ["held"]:
+            pathlib.Path({str(tmp_path)!r}, "begun").touch()
+            while not pathlib.Path({str(tmp_path)!r}, "released").exists():
+                time.sleep(0.01)
+        return numpy.array([[0.25, 0.75]] * len(texts))
+card = {{"name": "held", "sha256": "0", "threshold": 0.5, "operating_points": []}}
+app.serve(functools.cache(lambda: app.create_app(Held(), card)))
+"""
+    answers_got = []
+    with launched(sys.executable, "-c", program, WORKERS="1") as (
+        process,
+        url,
+    ):
+        thread = threading.Thread(
+            target=lambda: answers_got.append(
+                requests.post(f"{url}/score", json={"text": "held"}, timeout=10).json()
+            )
+        )
+        thread.start()
+        poll((tmp_path / "begun").exists, "the request to begin")
+        process.terminate()
+        poll(lambda: not accepts_connections(url), "the server to begin its end")
+        (tmp_path / "released").touch()
+        log, _ = process.communicate(timeout=10)
+        thread.join()
+    assert answers_got == [{"prediction": True, "propensity": 0.75, "threshold": 0.5}]
+    assert process.returncode == 0, log
+
+
+def test_a_stalled_client_does_not_hold_up_the_end():
+    with launched(WORKERS="1") as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled:
+            stalled.sendall(UNFINISHED)
+            assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
+            begun = time.monotonic()
+            process.terminate()
+            process.wait(timeout=30)
+            # A slow batch that the server has yet to answer is given 5 s, and it cannot tell the two apart.
+            assert 4 < time.monotonic() - begun < 8
+        assert process.returncode == 0
+        assert not metric_folders(process)
+
+
+def test_a_lost_worker_is_replaced():
+    with launched(WORKERS="2") as (process, url):
+        lost = children(process)[0]
+        os.kill(lost, signal.SIGKILL)
+        poll(lambda: len(set(children(process)) - {lost}) == 2, "a new worker")
+        poll(lambda: answers(url), "the server to answer")
+        assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
+
+
+def assert_refuses_to_serve(message, **environment):
+    """Check that the server ends at once with a message and no stack trace."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "app.py"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log, _ = process.communicate(timeout=30)
+    finally:
+        end(process)
+    assert process.returncode == 1
+    assert log.startswith("Cannot serve")
+    assert message in log
+    assert "Traceback" not in log
+
+
+def test_a_port_in_use_is_refused(server):
+    assert_refuses_to_serve("Address already in use", PORT=server.rsplit(":", 1)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PORT", "http", "PORT must be a positive whole number, not 'http'"),
+        ("PORT", "0", "PORT must be a positive whole number"),
+        ("PORT", "70000", "port must be 0-65535"),
+        ("WORKERS", "-1", "WORKERS must be a positive whole number"),
+        ("HOST", "no.such.host.", "no.such.host."),
+    ],
+)
+def test_a_bad_environment_is_refused(name, value, message):
+    assert_refuses_to_serve(message, **{name: value})
+
+
+@pytest.mark.parametrize(("host", "shown"), [("localhost", "127.0.0.1"), ("", "127.0.0.1"), ("::1", "[::1]")])
+def test_host(host, shown):
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with launched(HOST=host, WORKERS="1", host=shown) as (process, url):
+        assert process.stdout.readline().startswith(f"Serving on {url} with 1 worker")
+
+
+def test_flask_run():
+    command = (sys.executable, "-m", "flask", "--app", "app", "run", "--port", "{port}")
+    with launched(*command) as (_, url):
+        assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).json()["prediction"] is False
