@@ -1,17 +1,16 @@
-"""An empty Flask handler on the server of app.py, with its settings: what no handler there can beat."""
+"""An empty Flask handler on the server of app.py, with its settings: no Flask handler there can be faster."""
 
 from flask import Flask
 
-import app
+from engine.server import serve
 
-empty = Flask(__name__)
+app = Flask(__name__)
 
 
-@empty.post("/score")
+@app.post("/score")
 def score() -> str:
     return ""
 
 
 if __name__ == "__main__":
-    app.load_app = lambda: empty
-    app.serve()
+    serve(lambda: app)
