@@ -56,7 +56,8 @@ class TestPrepare:
             assert f"{subject}\n" in printed(prepared / "build/prepare.ipynb")
 
     def test_each_version_prints_its_distribution(self, prepared, git):
-        expected, versions = [], (":/^Data version 1", ":/^Data version 2")
+        expected = []
+        versions = [git(prepared, "rev-parse", f":/^Data version {number}") for number in (1, 2)]
         for version in versions:
             for name in SPLITS:
                 pointer = yaml.safe_load(git(prepared, "show", f"{version}:data/{name}.csv.dvc"))
