@@ -123,9 +123,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
 
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     through_flask = app.wsgi_app
-    shortcut = Shortcut(
-        through_flask, "/score", lambda body: score_fields(parse_json(body)), HEADERS, LARGEST_BODY
-    )
+    shortcut = Shortcut(through_flask, "/score", lambda body: score_fields(parse_json(body)), HEADERS, LARGEST_BODY)
     app.wsgi_app = CountRequests(shortcut, metrics, paths)
     return app
 

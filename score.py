@@ -102,9 +102,7 @@ def _propensities(texts: list[str], model: BaseEstimator) -> list[float]:
     has_proba = hasattr(model, "predict_proba")
     if isinstance(model, type) or not (has_proba or hasattr(model, "decision_function")):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TypeError(
-            f"model must be a fitted estimator with predict_proba or decision_function, not {kind}"
-        )
+        raise TypeError(f"model must be a fitted estimator with predict_proba or decision_function, not {kind}")
     if not texts:
         return []
     if has_proba:

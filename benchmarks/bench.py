@@ -89,11 +89,7 @@ def read_messages(count: int) -> list[str]:
         if rng.random() >= NEW_WORDS:
             return word
         return "".join(
-            rng.choice(string.ascii_lowercase)
-            if c.isalpha()
-            else rng.choice(string.digits)
-            if c.isdigit()
-            else c
+            rng.choice(string.ascii_lowercase) if c.isalpha() else rng.choice(string.digits) if c.isdigit() else c
             for c in word
         )
 
@@ -101,9 +97,7 @@ def read_messages(count: int) -> list[str]:
 
 
 @contextmanager
-def running(
-    service: Service, message: str, expected: float | None, folder: Path
-) -> Iterator[tuple[str, int]]:
+def running(service: Service, message: str, expected: float | None, folder: Path) -> Iterator[tuple[str, int]]:
     """Start a service, yield its address and process id once it answers as expected, and end it.
 
     Args:
@@ -142,9 +136,7 @@ def running(
                 sys.exit(f"{service.name} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)
         numbers = [float(number) for number in re.findall(r"\d+\.\d+(?:e-\d+)?", answer)]
-        if expected is not None and not any(
-            math.isclose(number, expected, rel_tol=1e-9) for number in numbers
-        ):
+        if expected is not None and not any(math.isclose(number, expected, rel_tol=1e-9) for number in numbers):
             sys.exit(f"{service.name} answers {answer[:200]}, not a propensity of {expected}")
         yield url, process.pid
     finally:
@@ -352,8 +344,7 @@ def measure(folder: Path, quick: bool) -> str:
     expected = score(messages[0], load_model(), 0.5)[1]
     services = list_services(register(folder))
     bodies = {
-        service: write_bodies(folder / f"{i}.jsonl", map(service.body, messages))
-        for i, service in enumerate(services)
+        service: write_bodies(folder / f"{i}.jsonl", map(service.body, messages)) for i, service in enumerate(services)
     }
     batches = ({"texts": messages[i : i + BATCH]} for i in range(0, len(messages) - BATCH + 1, BATCH))
     bodies_of_batches = write_bodies(folder / "batches.jsonl", batches)

@@ -48,9 +48,7 @@ def shell(*command: str, show: bool = True) -> str:
 # Downloads
 
 
-def fetch(
-    name: str, sha256: str, sources: Iterable[tuple[str, str, str]], cache: str | Path | None = None
-) -> Path:
+def fetch(name: str, sha256: str, sources: Iterable[tuple[str, str, str]], cache: str | Path | None = None) -> Path:
     """Return the path of a published file, downloaded once and verified.
 
     A file with another checksum is never used, whoever put it there.
@@ -94,9 +92,7 @@ def fetch(
                 os.replace(found, file)
     if not is_verified(file):
         there = " The file there has another checksum and is not used." if file.exists() else ""
-        raise FileNotFoundError(
-            f"{name} (sha256 {sha256}) could not be downloaded: put it at {file} by hand.{there}"
-        )
+        raise FileNotFoundError(f"{name} (sha256 {sha256}) could not be downloaded: put it at {file} by hand.{there}")
     return file
 
 
@@ -125,18 +121,14 @@ def verified_md5(file: str | Path) -> str:
     file, pointer = Path(file), Path(f"{file}.dvc")
     md5 = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]
     if not file.exists() or hashlib.md5(file.read_bytes()).hexdigest() != md5:
-        raise RuntimeError(
-            f"{file} is not the version that {pointer} names: run prepare.ipynb or `dvc checkout`."
-        )
+        raise RuntimeError(f"{file} is not the version that {pointer} names: run prepare.ipynb or `dvc checkout`.")
     return md5
 
 
 def check_versionable(paths: Sequence[str]) -> None:
     """Raise RuntimeError, saying what to do, unless `paths` are as they were committed in a git clone."""
     if not Path(".git").exists():
-        raise RuntimeError(
-            "This folder is not a git clone: get the project with `git clone` to version its data."
-        )
+        raise RuntimeError("This folder is not a git clone: get the project with `git clone` to version its data.")
     changed = shell("git", "status", "--porcelain", "--", *paths, show=False)
     if changed:
         raise RuntimeError(

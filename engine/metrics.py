@@ -23,9 +23,7 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self.registry = CollectorRegistry()
-        requests = Counter(
-            "http_requests", "Requests answered.", ("method", "path", "status"), registry=self.registry
-        )
+        requests = Counter("http_requests", "Requests answered.", ("method", "path", "status"), registry=self.registry)
         seconds = Histogram(
             "http_request_duration_seconds",
             "Time to answer a request.",

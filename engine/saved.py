@@ -56,8 +56,7 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
         card = None
     if not _is_card(card):
         raise ValueError(
-            f"{card_path} is not JSON with a valid {', '.join(CARD_TYPES)}: "
-            "run train.ipynb again, or restore it"
+            f"{card_path} is not JSON with a valid {', '.join(CARD_TYPES)}: run train.ipynb again, or restore it"
         )
     return card
 
@@ -84,9 +83,7 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: train.ipynb writes it") from None
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
-        raise ValueError(
-            f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both"
-        )
+        raise ValueError(f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both")
     saved_with = card["versions"].get("scikit-learn")
     if saved_with != sklearn.__version__:
         raise ValueError(
@@ -133,9 +130,7 @@ def _identity(card: dict[str, Any]) -> dict[str, Any]:
 
 def _is_card(card: Any) -> bool:
     """Tell whether a card has all that scoring needs."""
-    if not isinstance(card, dict) or not all(
-        isinstance(card.get(key), kind) for key, kind in CARD_TYPES.items()
-    ):
+    if not isinstance(card, dict) or not all(isinstance(card.get(key), kind) for key, kind in CARD_TYPES.items()):
         return False
     try:
         for point in [card, *card["operating_points"]]:

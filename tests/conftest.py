@@ -47,9 +47,7 @@ def git():
 
     def call(folder, *arguments):
         identity = ["-c", "user.name=A Student", "-c", "user.email=student@example.org"]
-        done = subprocess.run(
-            ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
     return call

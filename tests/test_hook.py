@@ -22,9 +22,7 @@ class Repository:
         self.exports = scratch / "exports"
         self.exports.mkdir()
         outer = ("COV", "GIT_", "PYTEST_")
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(outer)
-        } | {
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)} | {
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_AUTHOR_NAME": "Author",
@@ -270,9 +268,7 @@ def test_git_in_a_test_does_not_act_on_the_repository(repository):
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_interrupted_hook_refuses_and_leaves_no_folder(repository, signal):
     """The signal comes while the test runs, from the test itself; the fixture checks the folder."""
-    repository.stage(
-        test=f"import os, signal\ndef test_answer():\n    os.kill(os.getppid(), signal.{signal})\n"
-    )
+    repository.stage(test=f"import os, signal\ndef test_answer():\n    os.kill(os.getppid(), signal.{signal})\n")
     assert repository.run("commit", "-m", "interrupted").returncode != 0
     assert repository.commits() == 0
 

@@ -244,9 +244,7 @@ def test_too_large(client, content_type):
 
 def test_largest_body(client):
     body = json.dumps({"text": ""})
-    response = client.post(
-        "/score", data=body + " " * (LARGEST_BODY - len(body)), content_type="application/json"
-    )
+    response = client.post("/score", data=body + " " * (LARGEST_BODY - len(body)), content_type="application/json")
     assert response.status_code == 200
 
 
@@ -303,9 +301,7 @@ def test_wrong_method(client, path, method):
     assert list(response.json) == ["error"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/scores", "/score/", "/static/nothing.css", "/../app.py", "/static/../app.py"]
-)
+@pytest.mark.parametrize("path", ["/scores", "/score/", "/static/nothing.css", "/../app.py", "/static/../app.py"])
 def test_unknown_path(client, path):
     response = client.get(path)
     assert response.status_code == 404

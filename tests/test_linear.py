@@ -20,6 +20,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.extmath import safe_sparse_dot
 
 from engine import linear
+from engine.text import normalise, normalise_texts, origins, plain
 from score import explain, load_model, score, score_batch
 
 TEXTS = [
@@ -33,7 +34,7 @@ TEXTS = [
 LABELS = [1, 1, 1, 0, 0, 0]
 # Letters whose lower case is longer or depends on its neighbours, and all that counts as white space.
 ODD = st.text(
-    alphabet=st.one_of(st.characters(), st.sampled_from("aA1iİΣςßﬁ  \t\n\x1c\x85\xa0\u2003\u3000'_-.!£"))
+    alphabet=st.one_of(st.characters(), st.sampled_from("aA1iİΣςßﬁ  \t\n\x1c\x85\xa0\u2003\u3000'_-.!£&;#\u200b\u0301"))
 )
 
 
@@ -59,9 +60,7 @@ def fit(*vectorizers, **weights) -> Pipeline:
 def project(vectorizer: CountVectorizer) -> Pipeline:
     """Return a vectorizer whose terms are summed up into two groups."""
     groups = sparse.csr_matrix(np.eye(2)[[0, 1, 1]])
-    return make_pipeline(
-        vectorizer, FunctionTransformer(safe_sparse_dot, accept_sparse=True, kw_args={"b": groups})
-    )
+    return make_pipeline(vectorizer, FunctionTransformer(safe_sparse_dot, accept_sparse=True, kw_args={"b": groups}))
 
 
 digits = partial(re.compile(r"\d").sub, "0")
@@ -72,6 +71,14 @@ FOLDED = {
     "presence": fit(CountVectorizer(binary=True)),
     "binary tf-idf": fit(TfidfVectorizer(binary=True, sublinear_tf=True)),
     "bigrams": fit(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)),
+    "bigrams of signs": fit(TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2))),
+    "bigrams without stop words": fit(TfidfVectorizer(ngram_range=(1, 2), stop_words=["you"])),
+    "bigrams alone": fit(TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", ngram_range=(2, 2))),
+    "normalised": make_pipeline(
+        FunctionTransformer(normalise_texts),
+        TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(),
+    ).fit(TEXTS, LABELS),
     "stop words": fit(TfidfVectorizer(stop_words=["you", "the"])),
     "group in the token": fit(TfidfVectorizer(token_pattern=r"\b(\w)\w+")),
     "tokens across words": fit(TfidfVectorizer(token_pattern=r"\w+ \w+")),
@@ -79,6 +86,7 @@ FOLDED = {
     "no idf": fit(TfidfVectorizer(use_idf=False)),
     "accents": fit(TfidfVectorizer(strip_accents="unicode")),
     "digits": fit(TfidfVectorizer(preprocessor=digits, token_pattern=r"(?u)\w+|[^\w\s]", sublinear_tf=True)),
+    "plain": fit(TfidfVectorizer(preprocessor=plain, token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2))),
     "runs of digits": fit(TfidfVectorizer(preprocessor=partial(re.compile(r"\d+ ?").sub, "0"))),
     "some digits": fit(TfidfVectorizer(preprocessor=partial(re.compile(r"\d").sub, "0", count=2))),
     "characters": fit(TfidfVectorizer(analyzer="char", ngram_range=(1, 4))),
@@ -98,9 +106,7 @@ FOLDED = {
 OTHER = {
     "another classifier": make_pipeline(TfidfVectorizer(), MultinomialNB()).fit(TEXTS, LABELS),
     "no predict_proba": make_pipeline(TfidfVectorizer(), LinearSVC()).fit(TEXTS, LABELS),
-    "a step between": make_pipeline(TfidfVectorizer(), TruncatedSVD(2), LogisticRegression()).fit(
-        TEXTS, LABELS
-    ),
+    "a step between": make_pipeline(TfidfVectorizer(), TruncatedSVD(2), LogisticRegression()).fit(TEXTS, LABELS),
     "hashing": make_pipeline(HashingVectorizer(n_features=64), LogisticRegression()).fit(TEXTS, LABELS),
     "own analyzer": fit(TfidfVectorizer(analyzer=str.split)),
     "own tokenizer": fit(TfidfVectorizer(tokenizer=str.split, token_pattern=None)),
@@ -179,9 +185,7 @@ def test_other_models_are_scored_by_sklearn(name):
     else:
         expected = 1 / (1 + np.exp(-model.decision_function(TEXTS)))
     assert [score(text, model, 0.5)[1] for text in TEXTS] == pytest.approx(expected, abs=1e-12)
-    assert [propensity for _, propensity in score_batch(TEXTS, model, 0.5)] == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert [propensity for _, propensity in score_batch(TEXTS, model, 0.5)] == pytest.approx(expected, abs=1e-12)
     assert score_batch([], model, 0.5) == []
 
 
@@ -315,3 +319,28 @@ def test_any_vectorizer_is_scored_as_sklearn_scores_it(parameters, weighting, sp
     assert_equal_to_sklearn(model, [*TEXTS, *texts])
     if explain("free", model) is not None:
         assert_explained(model, [*TEXTS, *texts])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain & simple", "plain & simple"),
+        ("&lt;#&gt; &amp; &#163;5", "<#> & £5"),
+        ("\uff56\uff45\uff52ify \U0001d432\U0001d428\U0001d42e\U0001d42b \ufb01le", "verify your file"),
+        ("b\u200ba\u00adn\u2060k", "bank"),
+        ("cafe\u0301", "café"),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+    assert len(origins(text, expected)) == len(expected)
+
+
+@settings(deadline=None)
+@given(ODD)
+def test_normalised_texts_stay_in_place(text):
+    read = normalise(text)
+    places = origins(text, read)
+    assert len(places) == len(read)
+    assert all(0 <= place < len(text) for place in places)
+    assert list(places) == sorted(places)

@@ -51,9 +51,7 @@ def test_which_number_does_not_decide(model, number):
     assert score(f"You have won a prize! Call {number} to claim", model, load_card()["threshold"])[0]
 
 
-@pytest.mark.parametrize(
-    "addition", [" Call 09061701461 to claim", " FREE prize, txt WIN to 80086", " £1000 cash"]
-)
+@pytest.mark.parametrize("addition", [" Call 09061701461 to claim", " FREE prize, txt WIN to 80086", " £1000 cash"])
 @pytest.mark.parametrize("text", HAM)
 def test_an_offer_pushes_towards_spam(model, text, addition):
     assert log_odds(text + addition, model) > log_odds(text, model) + 0.5

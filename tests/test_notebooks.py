@@ -64,9 +64,7 @@ class TestPrepare:
                 md5 = pointer["outs"][0]["md5"]
                 labels = pd.read_csv(prepared / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}")["label"]
                 expected.append((name, str((labels == 0).sum()), str((labels == 1).sum())))
-        rows = re.findall(
-            r"^(train|validation|test) +(\d+) +(\d+)", printed(prepared / "build/prepare.ipynb"), re.M
-        )
+        rows = re.findall(r"^(train|validation|test) +(\d+) +(\d+)", printed(prepared / "build/prepare.ipynb"), re.M)
         assert rows == expected
         assert git(prepared, "diff", "--name-only", *versions, "--", "data/*.csv.dvc").count("\n") == 2
 

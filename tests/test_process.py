@@ -15,9 +15,7 @@ import requests
 from helpers import HAM, ROOT, SPAM, answers, end, launched, metric_folders, poll
 
 SPAM, HAM = SPAM[0], HAM[0]
-UNFINISHED = (
-    b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-)
+UNFINISHED = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 
 
 def accepts_connections(url: str) -> bool:
@@ -28,9 +26,7 @@ def accepts_connections(url: str) -> bool:
 
 def children(process: subprocess.Popen) -> list[int]:
     """Return the process ids of the workers of a server."""
-    return [
-        int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +130,7 @@ app.serve(functools.cache(lambda: app.create_app(Held(), card)))
         url,
     ):
         thread = threading.Thread(
-            target=lambda: answers_got.append(
-                requests.post(f"{url}/score", json={"text": "held"}, timeout=10).json()
-            )
+            target=lambda: answers_got.append(requests.post(f"{url}/score", json={"text": "held"}, timeout=10).json())
         )
         thread.start()
         poll((tmp_path / "begun").exists, "the request to begin")

@@ -145,9 +145,7 @@ class TestSmallRun:
         tested += [(metrics, ("negative", "neutral", "positive")) for metrics in tweets.values()]
         assert len(tested) == 3
         for metrics, classes in tested:
-            assert all(
-                f"test_{name}_{score}" in metrics for name in classes for score in ("precision", "recall")
-            )
+            assert all(f"test_{name}_{score}" in metrics for name in classes for score in ("precision", "recall"))
             f1 = [metrics[f"test_{name}_f1"] for name in classes]
             assert metrics["test_macro_f1"] == pytest.approx(sum(f1) / len(f1))
 
@@ -289,12 +287,9 @@ def open_images_pages():
         box_lines = ["ImageID,LabelName,XMin,XMax,YMin,YMax,IsDepiction,IsGroupOf"]
         author_lines = ["ImageID,Subset,OriginalURL,OriginalLandingURL,License,Author,Title"]
         for photo, found in photos.items():
-            box_lines += [
-                f"{photo},{name},0,{width},0,1,{drawn},{group}" for name, width, drawn, group in found
-            ]
+            box_lines += [f"{photo},{name},0,{width},0,1,{drawn},{group}" for name, width, drawn, group in found]
             author_lines.append(
-                f"{photo},{split},,http://example.org/{photo},"
-                f"https://creativecommons.org/licenses/by/2.0/,Ann,A photo"
+                f"{photo},{split},,http://example.org/{photo},https://creativecommons.org/licenses/by/2.0/,Ann,A photo"
             )
             pages[f"/{split}/{photo}.jpg"] = b"no picture" if photo == "hen-broken" else picture.getvalue()
         pages[f"/v5/{split}-annotations-bbox.csv"] = "\n".join(box_lines).encode()
@@ -342,9 +337,7 @@ class TestBadInput:
 
 
 def test_texts_stay_texts(notebook, tmp_path):
-    (tmp_path / "train.csv").write_bytes(
-        "text,sentiment\r\nNA,neutral\r\n caf\xe9 ,positive\r\n".encode("cp1252")
-    )
+    (tmp_path / "train.csv").write_bytes("text,sentiment\r\nNA,neutral\r\n caf\xe9 ,positive\r\n".encode("cp1252"))
     assert notebook.read_tweets(tmp_path / "train.csv")["text"].tolist() == ["NA", "café"]
 
 
