@@ -1,12 +1,17 @@
 """The data and the functions of prepare.ipynb that make it."""
 
 import hashlib
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from helpers import ROOT
 
 SPLITS = ("train", "validation", "test")
+SOURCES = ("collection", "today")
+REPAIR_SEED = 7
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +23,19 @@ def raw(prepare, prepared):
 @pytest.fixture(scope="module")
 def data(prepare, raw):
     """The training data before it is split."""
-    return prepare.prepare_training_data(raw)
+    return prepare.prepare_training_data(raw, REPAIR_SEED)
 
 
 @pytest.fixture(scope="module")
 def splits(prepare, prepared):
     """The three splits as they lie in data/."""
     return {name: prepare.load_data(prepared / f"data/{name}.csv") for name in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def of_collection(prepare, data):
+    """The three splits of the collection alone."""
+    return prepare.prepare_train_validation_test_split(data, 42, 0.15, 0.15)
 
 
 @pytest.mark.parametrize("name", ["raw_data", *SPLITS, "repeated_splits"])
@@ -46,23 +57,88 @@ def test_copies_are_dropped_and_labels_are_numbers(raw, data):
     assert data["text"].is_unique
 
 
-def test_near_duplicates(prepare, raw):
-    keys = prepare.normalise(raw["text"])
-    assert keys.duplicated().sum() == 487
-    same = prepare.normalise(pd.Series(["Win £100, call now!", "WIN £2500 - call  NOW", ":)", ":-("]))
-    assert same[0] == same[1]
-    assert same[2] != same[3]
+def test_signs_and_blanks_are_repaired(raw, data):
+    assert raw["text"].str.contains("&lt;#&gt;").sum() == 214
+    assert not data["text"].str.contains("&lt;|&gt;|&amp;|<#>|<DECIMAL>|<TIME>|<URL>|<EMAIL>").any()
 
 
-def test_splits_hold_everything_once(data, splits):
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("Ok &lt;#&gt; then", r"Ok \d{1,4} then"),
+        ("meet at &lt;TIME&gt; &amp; eat", r"meet at \d{1,2}:\d\d & eat"),
+        ("only &lt;DECIMAL&gt; left", r"only \d{1,3}\.\d\d left"),
+        ("my number is &lt;#&gt;", r"my number is 07700900\d{3}"),
+        ("in &lt;#&gt;  minutes", r"in [1-5]?\d  minutes"),
+        ("mail &lt;EMAIL&gt; or &lt;URL&gt;", r"mail \S+@\S+ or \S+\.\S+"),
+        ("nothing to do", "nothing to do"),
+    ],
+)
+def test_repair(prepare, text, pattern):
+    repaired = [prepare.repair(text, seed) for seed in range(20)]
+    assert all(re.fullmatch(pattern, one) for one in repaired), repaired
+    assert repaired == [prepare.repair(text, seed) for seed in range(20)]
+    assert len(set(repaired)) > 1 or "&" not in text
+
+
+def test_near_copies_are_of_one_group(prepare):
+    campaign = "WINNER! Claim your {} prize now, call {} from a landline"
+    texts = [
+        campaign.format("£100", "09061701461"),
+        campaign.format("£2500", "09058094455"),
+        "See you at eight then, shall I bring the wine?",
+        "Quite another offer, but call 09058094455",
+        "Ok :)",
+        "Ok :(",
+    ]
+    groups = prepare.find_groups(pd.DataFrame({"text": texts, "label": [1, 1, 0, 1, 0, 0]}))
+    assert groups[0] == groups[1] == groups[3]
+    assert len({groups[0], groups[2], groups[4]}) == 3
+
+
+def test_contacts_join_spam_only(prepare):
+    texts = ["Lovely weather today, ring 09058094455", "Buy gold cheaply from 09058094455"]
+    groups = prepare.find_groups(pd.DataFrame({"text": texts, "label": [0, 1]}))
+    assert groups[0] != groups[1]
+
+
+def test_one_giant_group_is_refused(prepare):
+    texts = [f"The same long message again and again, number {number}" for number in range(50)]
+    with pytest.raises(ValueError, match="50 of 50 messages are one group"):
+        prepare.find_groups(pd.DataFrame({"text": texts, "label": 1}))
+
+
+def test_groups_of_the_collection(data):
+    sizes = data.groupby("group")["label"].agg(["size", "max"])
+    assert 4300 < len(sizes) < 4800
+    assert sizes["size"].max() < 0.02 * len(data)
+    assert 280 < (sizes["max"] == 1).sum() < 330
+
+
+def test_splits_hold_everything_once(data, splits, prepare):
     together = pd.concat(splits.values())
-    assert sorted(together["text"]) == sorted(data["text"])
-    sizes = pd.Series({name: len(split) for name, split in splits.items()}) / len(data)
-    assert sizes.to_dict() == pytest.approx({"train": 0.70, "validation": 0.15, "test": 0.15}, abs=0.01)
+    collection = together[together["source"] == "collection"]
+    assert sorted(collection["text"]) == sorted(data["text"])
+    today = prepare.load_data(ROOT / "data/today.tsv")
+    assert sorted(together[together["source"] == "today"]["text"]) == sorted(today["text"])
+    sizes = collection.groupby([*[collection["text"].isin(splits[name]["text"]) for name in SPLITS]]).size()
+    assert sorted(sizes / len(data)) == pytest.approx([0.15, 0.15, 0.70], abs=0.02)
 
 
-def test_splits_pass_the_checks(prepare, data, splits):
-    prepare.check_splits(splits, data)
+def test_no_group_or_writer_stands_in_two_splits(splits):
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not set(splits[one]["group"].astype(str)) & set(splits[other]["group"].astype(str))
+
+
+def test_test_spam_has_no_near_copy_in_train(prepare, of_collection):
+    spam = of_collection["test"][of_collection["test"]["label"] == 1]
+    both = pd.concat([spam, of_collection["train"]], ignore_index=True)["text"]
+    one, other, _ = prepare.similar_pairs(both, np.full(len(both), 0.6))
+    assert not ((one < len(spam)) & (other >= len(spam))).any()
+
+
+def test_splits_pass_the_checks(prepare, data, of_collection):
+    prepare.check_splits(of_collection, data)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -78,34 +154,49 @@ def test_another_seed_is_another_split(prepare, data):
     assert set(one["test"]["text"]) != set(other["test"]["text"])
 
 
-def test_leak_is_found(prepare, data, splits):
-    stolen = splits["train"].head(1)
-    near = stolen.assign(text=stolen["text"].str.upper() + " 123")
-    leaking = {**splits, "test": pd.concat([splits["test"], near], ignore_index=True)}
-    with pytest.raises(ValueError, match="train and test share 1 text"):
+def test_leak_is_found(prepare, data, of_collection):
+    stolen = of_collection["train"].head(1)
+    leaking = {**of_collection, "test": pd.concat([of_collection["test"], stolen], ignore_index=True)}
+    with pytest.raises(ValueError, match="train and test share 1 texts"):
         prepare.check_splits(leaking, data)
 
 
-def test_shifted_target_is_found(prepare, data, splits):
-    shifted = {**splits, "validation": splits["validation"].query("label == 0")}
+def test_near_copy_in_another_split_is_found(prepare, data, of_collection):
+    near = of_collection["train"].head(1).assign(text="as good as the same")
+    leaking = {**of_collection, "test": pd.concat([of_collection["test"], near], ignore_index=True)}
+    with pytest.raises(ValueError, match="train and test share 1 near-copies, such as 'as good as"):
+        prepare.check_splits(leaking, data)
+
+
+def test_shifted_target_is_found(prepare, data, of_collection):
+    shifted = {**of_collection, "validation": of_collection["validation"].query("label == 0")}
     with pytest.raises(ValueError, match="validation: share of spam is not between"):
         prepare.check_splits(shifted, data)
 
 
-def test_shifted_lengths_are_found(prepare, data, splits):
-    longer = splits["test"].assign(text=splits["test"]["text"] + " " + 30 * "x")
+def test_shifted_lengths_are_found(prepare, data, of_collection):
+    longer = of_collection["test"].assign(text=of_collection["test"]["text"] + " " + 30 * "x")
     with pytest.raises(ValueError, match="test: mean length is not between"):
-        prepare.check_splits({**splits, "test": longer}, data)
+        prepare.check_splits({**of_collection, "test": longer}, data)
 
 
-def test_repeated_splits_are_leak_free(prepare, prepared):
-    table = pd.read_csv(prepared / "data/repeated_splits.csv", keep_default_na=False)
-    keys = prepare.normalise(table["text"])
+def test_repeated_splits_keep_groups_together(prepared):
+    table = pd.read_csv(prepared / "data/repeated_splits.csv", keep_default_na=False, dtype={"group": str})
     columns = [column for column in table if column.startswith("seed_")]
     assert len(columns) == 5
     for column in columns:
-        assert set(table[column]) == set(SPLITS)
-        assert (table.groupby(keys)[column].nunique() == 1).all()
+        for source in SOURCES:
+            rows = table[table["source"] == source]
+            assert set(rows[column]) == set(SPLITS)
+            assert (rows.groupby("group")[column].nunique() == 1).all()
+
+
+def test_a_writer_in_two_splits_is_refused(prepare, of_collection):
+    today = prepare.load_data(ROOT / "data/today.tsv")
+    broken = {**of_collection, "test": of_collection["test"].assign(group=of_collection["train"]["group"].iloc[0])}
+    prepare.join_today.__globals__["params"] = {"split": {"validation_writers": 2, "test_writers": 3}}
+    with pytest.raises(ValueError, match="stands in two splits"):
+        prepare.join_today(broken, today, 1)
 
 
 def test_scoring_data_is_left_as_it_is(prepare):
