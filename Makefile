@@ -30,7 +30,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run check test coverage serve ui notebooks transfer bench image up down hooks lock clean clean-experiments
+.PHONY: help run check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,10 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 
 bench: build/bench/requirements.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
+
+evaluate: .venv/requirements.txt  ## measure the saved model on FILE, a labelled file of your own
+	@test -n "$(FILE)" || { echo "Name the file to evaluate on: make evaluate FILE=messages.csv" >&2; exit 1; }
+	@$(BIN)/python -m operations.evaluate "$(FILE)"
 
 image:  ## build the container image
 	docker build --build-arg BASE -t sms-spam .

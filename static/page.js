@@ -2,16 +2,25 @@
 
 const card = JSON.parse(document.getElementById("card").textContent);
 const element = (id) => document.getElementById(id);
-const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(1)}%`);
+// Small shares get a digit more, or 3 of 10,000 would look like none.
+const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.01 ? 2 : 1)}%`);
 const likelihood = (propensity) =>
   propensity < 0.001 ? "less than 0.1%" : propensity > 0.999 ? "more than 99.9%" : percent(propensity);
 
-// The chosen threshold seldom lies on the card's grid, so it gets a place of its own on the slider.
-const grid = card.operating_points;
-const below = grid.findLast((point) => point.threshold <= card.threshold);
-const chosen = { ...below, ...card.chosen, threshold: card.threshold };
+// A card may have no measurements: the slider moves all the same.
+const hundredths = Array.from({ length: 101 }, (_, i) => ({ threshold: i / 100 }));
+const grid = card.operating_points.length ? card.operating_points : hundredths;
+// The chosen threshold seldom lies on the card's grid, so it gets a place of its own on the slider, with the
+// figures of the point next to it.
+const distance = (point) => Math.abs(point.threshold - card.threshold);
+const nearest = grid.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+const chosen = { ...nearest, threshold: card.threshold };
 const points = [...grid.filter((point) => point.threshold !== card.threshold), chosen];
 points.sort((a, b) => a.threshold - b.threshold);
+
+// The card may have a lower threshold too, from which a message is delivered with a warning label.
+const label = card.thresholds.precision < card.threshold ? card.thresholds.precision : null;
+const written = (threshold) => String(Number(threshold.toFixed(4)));
 
 const slider = element("threshold");
 slider.max = points.length - 1;
@@ -20,11 +29,13 @@ const threshold = () => points[slider.value].threshold;
 
 function showThreshold() {
   const point = points[slider.value];
-  const written = String(Number(point.threshold.toFixed(4)));
-  element("threshold-value").textContent = written;
-  slider.setAttribute("aria-valuetext", written);
-  element("precision").textContent = percent(point.precision);
-  element("recall").textContent = percent(point.recall);
+  element("threshold-value").textContent = written(point.threshold);
+  slider.setAttribute("aria-valuetext", written(point.threshold));
+  for (const source of element("trade-off") ? ["today", "collection"] : []) {
+    for (const figure of ["recall", "ham_blocked"]) {
+      element(`${source}-${figure}`).textContent = percent(point[source]?.[figure]);
+    }
+  }
   element("reset").hidden = point === chosen;
 }
 
@@ -68,7 +79,20 @@ function show(text, answer) {
   element("propensity").textContent = `${likelihood(answer.propensity)} likely to be spam`;
   element("fill").style.width = percent(answer.propensity);
   element("mark").style.left = percent(answer.threshold);
+  showAction(answer);
   showReasons(text, answer.contributions);
+}
+
+function showAction({ prediction, propensity, threshold }) {
+  const labels = label != null && label < threshold;
+  const limit = `the threshold of ${written(threshold)}`;
+  element("label-mark").hidden = !labels;
+  element("label-mark").style.left = percent(label);
+  element("action").textContent =
+    prediction ? `Taken down: it reaches ${limit}.`
+    : !labels ? `Delivered: it does not reach ${limit}.`
+    : propensity < label ? `Delivered: it reaches neither ${written(label)}, for a warning label, nor ${limit}.`
+    : `Delivered with a warning label: it reaches ${written(label)}, but not ${limit}.`;
 }
 
 function showReasons(text, contributions) {

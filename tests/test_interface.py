@@ -349,11 +349,22 @@ def test_a_model_that_cannot_score_is_not_served():
         create_app(object())
 
 
-@pytest.mark.parametrize("metrics", [None, {}, {"test": None}, [], "none"])
+@pytest.mark.parametrize(
+    "metrics", [None, {}, {"test": None}, [], "none", {"test": {"aucpr": 0.9}}, {"test": {"today": {"aucpr": 0.9}}}]
+)
 def test_page_of_a_card_without_metrics(metrics):
     response = create_app(LengthModel(), stub_card(metrics=metrics)).test_client().get("/")
     assert response.status_code == 200
     assert "AUCPR" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("used", "threshold", "price"), [("cost", 0.75, "costs\\s+3 times"), ("precision", 0.75, None)]
+)
+def test_page_names_the_price_only_where_it_is_used(used, threshold, price):
+    card = stub_card(threshold=threshold, thresholds={"used": used, "cost": 0.75, "precision": 0.75})
+    page = create_app(LengthModel(), card).test_client().get("/").text
+    assert re.search(price, page) if price else "follows from a price" not in page
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

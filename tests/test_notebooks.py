@@ -300,7 +300,9 @@ class TestFunctions:
         ("count", "total", "expected"), [(5, 1000, "met"), (200, 1000, "not met"), (5, 100, "cannot tell")]
     )
     def test_verdict(self, train, count, total, expected):
-        assert train.verdict(count, total, 0.05)["verdict"].startswith(expected)
+        draws = train.draw_share(count, total, np.random.default_rng(0))
+        assert np.mean(draws) == pytest.approx((count + 0.5) / (total + 1), rel=0.05)
+        assert train.verdict(draws, 0.05, total)["verdict"].startswith(expected)
 
     def test_bootstrap_covers_the_mean(self, train):
         values = np.random.default_rng(0).normal(3, 1, 400)

@@ -34,7 +34,22 @@ def test_load_model(saved):
 def test_card_describes_the_model():
     card = load_card()
     assert 0 < card["threshold"] < 1
-    assert [point["threshold"] for point in card["operating_points"]] == pytest.approx(np.linspace(0, 1, 101))
+    assert card["threshold"] == card["thresholds"][card["thresholds"]["used"]]
+    assert 0 < card["thresholds"]["precision"] < card["thresholds"]["cost"] < 1  # a label comes before a take-down
+    assert set(card["metrics"]["test"]) == {"collection", "today"}
+    for metrics in card["metrics"]["test"].values():
+        assert set(metrics) == {"aucpr", "precision", "recall", "ham_blocked", "cost"}
+
+
+@pytest.mark.parametrize("source", ["collection", "today"])
+def test_operating_points_of_the_card(source):
+    points = load_card()["operating_points"]
+    assert [point["threshold"] for point in points] == pytest.approx(np.linspace(0, 1, 101))
+    for figure in ("recall", "ham_blocked"):
+        shares = [point[source][figure] for point in points]
+        assert (shares[0], shares[-1]) == (1, 0)
+        assert shares == sorted(shares, reverse=True)
+    assert all(point[source]["recall"] >= point[source]["ham_blocked"] for point in points)
 
 
 def test_load_model_runs_no_code_of_another_file(saved, tmp_path):
@@ -92,7 +107,7 @@ def test_load_model_with_a_broken_card(saved, content):
         ("operating_points", None),
         ("operating_points", {}),
         ("operating_points", [0.5]),
-        ("operating_points", [{"precision": 0.9}]),
+        ("operating_points", [{"today": {"recall": 0.9, "ham_blocked": 0.1}}]),
         ("operating_points", [{"threshold": None}]),
     ],
 )
