@@ -254,11 +254,11 @@ def test_explain_refuses_what_is_no_text(model, text):
         explain(text, model)
 
 
-def test_explanation_is_placed_where_lower_case_is_longer(model):
-    prefix = "İ" * 10
-    contributions = explain(f"{prefix} FREE prize", model)
-    assert sum(contributions[len(prefix) :]) == pytest.approx(sum(explain(" FREE prize", model)), abs=0.3)
-    assert sum(contributions[len(prefix) :]) > 0
+@pytest.mark.parametrize("vectorizer", [CountVectorizer(), CountVectorizer(analyzer="char_wb", ngram_range=(2, 3))])
+def test_explanation_is_placed_where_lower_case_is_longer(vectorizer):
+    model, prefix, text = fit(vectorizer), "İ" * 10, " claim your prize"
+    assert explain(prefix + text, model)[len(prefix) :] == pytest.approx(explain(text, model))
+    assert sum(explain(text, model)) > 0
 
 
 def test_one_long_word_does_not_switch_the_memory_off():
@@ -325,7 +325,8 @@ def test_any_vectorizer_is_scored_as_sklearn_scores_it(parameters, weighting, sp
     ("text", "expected"),
     [
         ("plain & simple", "plain & simple"),
-        ("&lt;#&gt; &amp; &#163;5", "<#> & £5"),
+        ("&lt;3 &amp; &#163;5", "<3 & £5"),
+        ("<#> 4471 is your code&lt;#&gt;", "  4471 is your code "),
         ("\uff56\uff45\uff52ify \U0001d432\U0001d428\U0001d42e\U0001d42b \ufb01le", "verify your file"),
         ("b\u200ba\u00adn\u2060k", "bank"),
         ("cafe\u0301", "café"),

@@ -107,7 +107,7 @@ def expect_figures(page, point):
     rows = {"spam caught": "recall", "genuine messages taken down": "ham_blocked"}
     expected = {f"{row}, {column}": 100 * point[columns[column]][rows[row]] for row in rows for column in columns}
     assert {name: float(figure.removesuffix("%")) for name, figure in written.items()} == pytest.approx(
-        expected, abs=0.05
+        expected, abs=0.0501
     )
     assert all(figure.endswith("%") for figure in written.values())
     for name, share in expected.items():
