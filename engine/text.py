@@ -16,8 +16,10 @@ from collections.abc import Iterable, Sequence
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 MARK = "<#>"
 DIGIT = re.compile(r"\d")
-# What is normalised on its own: an entity, or a character with the marks that combine with it.
-CLUSTER = re.compile(r"(?:<|&lt;)#(?:>|&gt;)|&[#\w]+;?|.[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]*", re.DOTALL)
+# What is normalised on its own: the mark, an entity, or a character with the marks that combine with it.
+CLUSTER = re.compile(
+    r"(?:<|&lt;)#(?:>|&gt;)|&[#\w]+;?|.[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]*", re.DOTALL
+)
 
 
 def normalise(text: str) -> str:

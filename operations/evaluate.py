@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 
 from engine.fields import LONGEST_TEXT
-from score import check_threshold, load_card, load_model, score_batch
+from score import load_card, load_model, score_batch
 
 PARAMS = Path(__file__).resolve().parents[1] / "params.yaml"
 TABS = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -340,8 +340,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
     try:
-        if args.threshold is not None:
-            check_threshold(args.threshold)
         data = read_messages(args.file, args.text, args.label, args.by)
         measured = measure(data, args.text, args.label, args.by, args.threshold)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -246,6 +247,14 @@ def test_table(stub, tmp_path, capsys):
     assert "a kind with a ve... 0 - 1 100.0% (20.7% to 100.0%) -" in lines
 
 
+def test_long_notes_are_wrapped(stub, tmp_path, capsys):
+    pd.DataFrame(MESSAGES * 2, columns=["text", "label", "kind"]).to_csv(tmp_path / "a.csv", index=False)
+    assert evaluate.main([str(tmp_path / "a.csv")]) == 0
+    output = capsys.readouterr().out
+    assert "repeat the text of an earlier one: 8." in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
 def test_table_of_one_class(stub, tmp_path, capsys):
     (tmp_path / "a.csv").write_text(GOOD, encoding="utf-8")
     assert evaluate.main([str(tmp_path / "a.csv")]) == 0
@@ -304,12 +313,10 @@ def test_parquet(stub, tmp_path, capsys, monkeypatch):
     assert evaluate.main([str(file)]) == 1
     assert "not Parquet" in capsys.readouterr().err
 
-    def absent(*_):
-        raise ImportError
-
-    monkeypatch.setattr(pd, "read_parquet", absent)
-    assert evaluate.main([str(file)]) == 1
-    assert "pyarrow" in capsys.readouterr().err
+    for error, said in ((ImportError, "pyarrow, which is not installed"), (NotImplementedError, "not Parquet")):
+        monkeypatch.setattr(pd, "read_parquet", Mock(side_effect=error))
+        assert evaluate.main([str(file)]) == 1
+        assert said in capsys.readouterr().err
 
 
 BAD = {
@@ -326,7 +333,7 @@ BAD = {
     "nothing to group by": ("a.csv", GOOD, ["--by", "sender"], "'sender', or --by"),
     "by text": ("a.csv", GOOD, ["--by", "text"], "cannot be"),
     "text as label": ("a.csv", GOOD, ["--label", "text"], "cannot be"),
-    "bad label": ("a.csv", f"{GOOD}a,spam\nb,{SECRET}\n", [], "row 4: the label must be ham or spam"),
+    "bad label": ("a.csv", f"{GOOD}a,spam\n{SECRET},{SECRET}\n", [], "row 4: the label must be ham or spam"),
     "no label": ("a.csv", GOOD + "a,\n", [], "row 3: the label must be"),
     "blank text": ("a.csv", GOOD + ' ,ham\n" ",ham', [], "row 3: the text is blank"),
     "text is a number": (

@@ -201,31 +201,16 @@ def test_disguises_disguise():
     assert len({"Free & £5", *disguised}) == 1 + len(DISGUISES)
 
 
-# The publisher of the collection put these where numbers had been, in ham alone. A model that takes them for a
-# sign of ham lets any spam through that ends in a few of them.
+# The publisher of the collection put these where numbers had been, in ham alone, and some one-time passwords of today
+# begin with the mark. A model that takes it for a sign of ham lets any spam through that ends in a few of them.
 ARTEFACT = " &lt;#&gt;"
 
 
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("text", SPAM)
-def test_the_artefact_does_not_hide_a_prize(model, text, times):
+@pytest.mark.parametrize("text", [*SPAM, *each(SMISHING)])
+def test_the_artefact_hides_nothing(model, text, times):
     threshold = load_card()["threshold"]
-    _, before = score(text, model, threshold)
-    caught, after = score(text + times * ARTEFACT, model, threshold)
-    assert caught
-    assert after > before - 0.01
-
-
-# Before the collection was repaired it took 3.0 to 4.0 off smishing once, 4.9 to 6.8 three times, and more off prizes.
-@pytest.mark.parametrize(("times", "most"), [(1, 2.0), (3, 4.5)])
-@pytest.mark.parametrize("text", each(SMISHING))
-def test_the_artefact_weighs_little(model, text, times, most):
-    assert log_odds(text + times * ARTEFACT, model) > log_odds(text, model) - most
-
-
-@pytest.mark.xfail(strict=True, reason="some one-time passwords of today begin with <#>, and from them ham is learnt")
-def test_the_artefact_hides_no_smishing(model):
-    threshold = load_card()["threshold"]
-    texts = [text for kind in SMISHING.values() for text in kind]
-    hidden = [text for text in texts for n in (1, 3) if not score(text + n * ARTEFACT, model, threshold)[0]]
-    assert not hidden
+    prediction, propensity = score(text, model, threshold)
+    again = score(text + times * ARTEFACT, model, threshold)
+    assert again[0] is prediction
+    assert again[1] == pytest.approx(propensity, abs=1e-9)
