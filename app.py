@@ -31,8 +31,8 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
 
     Args:
         model: a fitted estimator, as `score.score` takes it; the saved one if None.
-        card: its `name`, `sha256`, default `threshold` and `operating_points` (what precision and recall each
-            threshold buys); the saved one if None.
+        card: its `name`, `sha256`, default `threshold` and `operating_points` (what share of spam each threshold
+            catches and of ham it takes down, by source); the saved one if None.
 
     Raises:
         FileNotFoundError, ValueError: the saved model cannot be loaded.

@@ -35,10 +35,12 @@ def served(app):
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:  # or a failing test would hang
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
