@@ -30,7 +30,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
+.PHONY: help run style check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -40,16 +40,15 @@ run: build/train.ipynb  ## prepare the data, train, select and save the model, s
 	@$(BIN)/python -c "$$EXAMPLES"
 	@echo; echo "Serve it with 'make serve' and open http://127.0.0.1:$(PORT)"
 
-check: .venv/requirements.txt | build  ## style, and the tests that take no notebook run, torch, Docker or browser
+style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/lint-imports --no-cache | tail -n 1
+	$(BIN)/lint-imports --no-cache
+
+check: style | build  ## style, and the tests that take no notebook run, torch, Docker or browser
 	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser)"
 
-test: .venv/requirements-transfer.txt | build  ## style and all tests
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/lint-imports --no-cache | tail -n 1
+test: style .venv/requirements-transfer.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
 
 coverage: test  ## all tests, and their report in coverage.txt

@@ -38,7 +38,6 @@ from engine.text import normalise, normalise_texts, origins, plain
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]"}
 WORDS_REMEMBERED = 2**14
 LONGEST_WORD_REMEMBERED = 32  # characters; longer ones, links mostly, seldom come again
-COUNTS = 64  # how often a term may occur for what it adds to be kept ready
 PROBES = (
     "",
     "WINNER!! Claim your £900 prize, call 09061701461 now now now",
@@ -82,7 +81,6 @@ class FoldedVectorizer:
         elif tfidf and tfidf.sublinear_tf:
             self.term_frequency = _sublinear
         self.counts_matter = self.normalises or self.term_frequency is not float
-        self.corrections = [(0.0, 0.0), *map(self._correction, range(1, COUNTS))]
 
         self.analyze = vectorizer.build_analyzer()
         self.analyzer = vectorizer.analyzer
@@ -135,17 +133,13 @@ class FoldedVectorizer:
     def log_odds(self, terms: Sequence[int], dot: float, square: float) -> float:
         """Return the log-odds that known terms add, given their sums of weights and of squares."""
         if self.counts_matter and len(counts := Counter(terms)) < len(terms):
-            weights, squares, corrections = self.weight, self.square, self.corrections
-            for term, count in [item for item in counts.items() if item[1] > 1]:
-                more, more_squared = corrections[count] if count < COUNTS else self._correction(count)
-                dot += more * weights[term]
-                square += more_squared * squares[term]
+            weights, squares, term_frequency = self.weight, self.square, self.term_frequency
+            for term, count in counts.items():
+                if count > 1:
+                    tf = term_frequency(count)
+                    dot += (tf - count) * weights[term]
+                    square += (tf * tf - count) * squares[term]
         return dot / math.sqrt(square) if self.normalises and terms else dot
-
-    def _correction(self, count: int) -> tuple[float, float]:
-        """Return what is to be added to both sums, times weight or square, for a term that occurs so often."""
-        tf = self.term_frequency(count)
-        return tf - count, tf * tf - count
 
     def add_contributions(self, text: str, log_odds: list[float]) -> None:
         """Add to each character of a text its share of what the terms around it add to the log-odds."""
@@ -386,5 +380,6 @@ def _once(count: int) -> float:
     return 1.0
 
 
+@lru_cache(1024)
 def _sublinear(count: int) -> float:
     return 1 + math.log(count)
