@@ -39,35 +39,61 @@ function showThreshold() {
   element("reset").hidden = point === chosen;
 }
 
+// The first letter is scored at once, those typed after it at most as often as this, in milliseconds.
+const PACE = 120;
+let asked = -PACE;
+let due;
 let request = new AbortController();
 
+function scoreSoon() {
+  clearTimeout(due);
+  due = setTimeout(score, asked + PACE - performance.now());
+}
+
 async function score() {
+  clearTimeout(due);
   request.abort();
   const text = element("text").value;
   if (!text) {
     element("result").hidden = true;
-    element("alert").hidden = true;
+    showFailure("");
     return;
   }
+  asked = performance.now();
   const own = (request = new AbortController());
-  let failure;
+  let response, answer;
   try {
-    const response = await fetch("explain", {
+    response = await fetch(card.explains ? "explain" : "score", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ text, threshold: threshold() }),
       signal: own.signal,
     });
-    const answer = await response.json();
-    if (response.ok) show(text, answer);
-    else failure = `The server refused the message: ${answer.error}.`;
+    answer = await response.json();
   } catch {
-    failure = "The server does not answer. Start it again, then change the message or the threshold to retry.";
+    // No server, or a proxy in front of it that does not speak JSON: what there is of a response tells.
   }
   if (own.signal.aborted) return;
-  element("alert").hidden = !failure;
-  element("alert").textContent = failure ?? "";
-  element("result").classList.toggle("stale", Boolean(failure));
+  if (response?.ok && answer) {
+    showFailure("");
+    show(text, answer);
+    return;
+  }
+  element("result").hidden = true; // it belongs to another message or threshold
+  if (response?.status === 503 || response?.status === 429) {
+    showFailure("The server is busy. Your message stays here, and the page soon tries again.");
+    due = setTimeout(score, 1000 * (Number(response.headers.get("Retry-After")) || 2));
+  } else if (response && !response.ok) {
+    showFailure(`The server refused the message: ${answer?.error ?? `status ${response.status}`}.`);
+  } else {
+    showFailure("The server does not answer. Change the message or the threshold to try again.");
+  }
+}
+
+function showFailure(sentence) {
+  const alert = element("alert");
+  alert.hidden = !sentence;
+  if (alert.textContent !== sentence) alert.textContent = sentence; // or it would be read out again
 }
 
 function show(text, answer) {
@@ -80,7 +106,7 @@ function show(text, answer) {
   element("fill").style.width = percent(answer.propensity);
   element("mark").style.left = percent(answer.threshold);
   showAction(answer);
-  showReasons(text, answer.contributions);
+  if (card.explains) showReasons(text, answer.contributions);
 }
 
 function showAction({ prediction, propensity, threshold }) {
@@ -95,60 +121,66 @@ function showAction({ prediction, propensity, threshold }) {
     : `Delivered with a warning label: it reaches ${written(label)}, but not ${limit}.`;
 }
 
+// A word that adds less would be written as 0.0; and a page of thousands of marks is slow.
+const LEAST_PUSH = 0.05;
+const MOST_MARKS = 200;
+
 function showReasons(text, contributions) {
-  const characters = [...text];
-  const pushes = contributions ?? characters.map(() => 0);
-  const strongest = Math.max(0.2, ...pushes.map(Math.abs));
-  const words = [];
-  const message = document.createDocumentFragment();
-  let word = null;
-  characters.forEach((character, i) => {
-    if (/\s/u.test(character)) {
-      word = null;
-      message.append(character);
-      return;
-    }
-    if (!word) {
-      word = { text: "", push: 0, box: document.createElement("span") };
-      words.push(word);
-      message.append(word.box);
-    }
-    word.text += character;
-    word.push += pushes[i];
-    const mark = document.createElement("mark");
-    const colour = pushes[i] > 0 ? "spam" : "ham";
-    const strength = Math.sqrt(Math.abs(pushes[i]) / strongest); // the root, so that weak ones are seen too
-    mark.style.backgroundColor = `rgb(var(--${colour}-rgb) / ${Math.round(65 * strength)}%)`;
-    mark.textContent = character;
-    word.box.append(mark);
+  element("why").hidden = !contributions;
+  if (!contributions) return;
+  let at = 0;
+  const parts = text.match(/\s+|\S+/gu).map((part) => {
+    const own = contributions.slice(at, (at += [...part].length));
+    return { text: part, push: /\S/u.test(part) ? own.reduce((a, b) => a + b, 0) : 0 };
   });
-  for (const { box, push } of words) box.title = `${push > 0 ? "towards spam" : "towards ham"}: ${Math.abs(push).toFixed(2)}`;
+  const counting = parts.filter(({ push }) => Math.abs(push) >= LEAST_PUSH);
+  counting.sort((a, b) => Math.abs(b.push) - Math.abs(a.push));
+  const marked = new Set(counting.slice(0, MOST_MARKS));
+  const strongest = Math.max(0.2, Math.abs(counting[0]?.push ?? 0));
+  const message = document.createDocumentFragment();
+  message.append(...parts.map((part) => (marked.has(part) ? mark(part, strongest) : part.text)));
+  message.normalize();
   element("message").replaceChildren(message);
-  list("towards-spam", words.filter(({ push }) => push >= 0.05), (a, b) => b.push - a.push);
-  list("towards-ham", words.filter(({ push }) => push <= -0.05), (a, b) => a.push - b.push);
+  element("cut").hidden = marked.size === counting.length;
+
+  const totals = new Map();
+  for (const part of parts) totals.set(part.text, (totals.get(part.text) ?? 0) + part.push);
+  const words = [...totals].sort(([, a], [, b]) => b - a);
+  list("towards-spam", words.filter(([, push]) => push >= LEAST_PUSH));
+  list("towards-ham", words.filter(([, push]) => push <= -LEAST_PUSH).reverse());
 }
 
-function list(id, words, order) {
-  const box = element(id);
-  box.replaceChildren();
-  for (const { text, push } of words.sort(order).slice(0, 6)) {
+function mark({ text, push }, strongest) {
+  const word = document.createElement("mark");
+  word.textContent = text;
+  word.className = push > 0 ? "spam" : "ham";
+  word.dataset.push = `${push > 0 ? "+" : "\u2212"}${Math.abs(push).toFixed(1)}`;
+  word.style.setProperty("--strength", Math.sqrt(Math.abs(push) / strongest)); // the root, so that weak ones are seen too
+  return word;
+}
+
+function list(id, words) {
+  const items = words.slice(0, 6).map(([text, push]) => {
+    const item = document.createElement("li");
     const word = document.createElement("b");
     word.textContent = text;
-    box.append(word, ` ${Math.abs(push).toFixed(1)} \u2002`);
-  }
-  if (!words.length) box.textContent = "nothing";
+    item.append(word, ` ${Math.abs(push).toFixed(1)}`);
+    return item;
+  });
+  element(id).replaceChildren(...items);
 }
 
-element("text").addEventListener("input", score);
-slider.addEventListener("input", () => { showThreshold(); score(); });
-element("reset").addEventListener("click", () => { reset(); showThreshold(); score(); slider.focus(); });
-element("form").addEventListener("submit", (event) => { event.preventDefault(); score(); });
+element("text").addEventListener("input", scoreSoon);
+slider.addEventListener("input", () => { showThreshold(); scoreSoon(); });
+element("reset").addEventListener("click", () => { reset(); showThreshold(); scoreSoon(); slider.focus(); });
+element("form").addEventListener("submit", (event) => { event.preventDefault(); scoreSoon(); });
 element("examples").addEventListener("click", ({ target }) => {
   if (!target.dataset.text) return;
   element("text").value = target.dataset.text;
-  score();
+  scoreSoon();
 });
 
 reset();
 showThreshold();
+for (const part of document.querySelectorAll(".needs-script")) part.hidden = false;
 score();

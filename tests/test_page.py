@@ -1,11 +1,17 @@
 """Tests of the page in a real browser."""
 
 import contextlib
+import io
+import json
 import shutil
 import threading
+import time
 
+import numpy as np
 import pytest
+from flask import render_template
 from helpers import HAM, SPAM, LengthModel, missing, stub_card
+from matplotlib.image import imread
 from playwright.sync_api import expect, sync_playwright
 from werkzeug.serving import make_server
 
@@ -84,18 +90,164 @@ def test_highlights(page):
     text = f"{HAM}  😀\n{SPAM}"
     page.get_by_label("Message").fill(text)
     expect(page.locator("#message")).to_have_text(text, use_inner_text=False)
-    marks = page.locator("#message mark")
-    expect(marks).to_have_count(len("".join(text.split())))
-    colours = marks.evaluate_all("marks => marks.map(mark => [mark.textContent, mark.style.backgroundColor])")
-    towards_spam = "".join(character for character, colour in colours if "--spam-rgb" in colour)
-    towards_ham = "".join(character for character, colour in colours if "--ham-rgb" in colour)
-    assert "£100,000" in towards_spam
-    assert "Sorry" in towards_ham
-    assert colours[0][1] != colours[-1][1]
+    assert set(page.locator("mark.spam").all_text_contents()) >= {"£100,000", "FREE", "claim"}
+    assert set(page.locator("mark.ham").all_text_contents()) <= set(text.split())
+    assert page.locator("mark.ham").count() > 0
+    background = "word => getComputedStyle(word).backgroundColor"
+    shades = [page.locator("mark", has_text=word).evaluate(background) for word in ("£100,000", "FREE")]
+    assert shades[0] != shades[1]
     expect(page.locator("#towards-spam")).to_contain_text("£100,000")
     expect(page.locator("#towards-ham b")).not_to_have_count(0)
     page.get_by_label("Message").fill("<b>free</b>")
     expect(page.locator("#message")).to_have_text("<b>free</b>")
+
+
+def answer_with(page, pushes):
+    """Let /explain answer that each one-letter word of a message pushes as much as given, in log-odds."""
+    contributions = [share for push in pushes for share in (push, 0.0)]
+    answer = {"prediction": True, "propensity": 0.95, "threshold": 0.9, "contributions": contributions}
+    page.route("**/explain", lambda route: route.fulfill(json=answer))
+
+
+def test_numbers_are_read_without_a_mouse(page):
+    answer_with(page, [1.24, 0.01, -0.55, 1.24])
+    page.get_by_label("Message").fill("a b c a")
+    message = page.locator("#message")
+    expect(message).to_match_aria_snapshot("- paragraph:\n  - mark: a\n  - text: b\n  - mark: c\n  - mark: a")
+    expect(page.locator("#towards-spam li")).to_have_text(["a 2.5"])
+    expect(page.locator("#towards-ham li")).to_have_text(["c 0.6"])
+    page.get_by_role("checkbox", name="numbers in the text").press("Space")
+    expect(message).to_match_aria_snapshot(
+        "- paragraph:\n  - mark: a +1.2\n  - text: b\n  - mark: c \u22120.6\n  - mark: a +1.2"
+    )
+    page.get_by_label("Message").fill("a b c a ")
+    expect(message).to_have_text("a b c a ", use_inner_text=False)
+
+
+def test_a_long_message_has_few_elements(page):
+    text = "a " * 5000
+    page.get_by_label("Message").fill(text)
+    expect(page.locator("#message")).to_have_text(text, use_inner_text=False)
+    expect(page.locator("#cut")).to_be_hidden()
+    answer_with(page, [1 + i / 5000 for i in range(5000)])
+    page.get_by_label("Message").fill(text.strip())
+    expect(page.locator("#cut")).to_be_visible()
+    expect(page.locator("#message mark")).to_have_count(200)
+    assert page.locator("#message").evaluate("message => message.lastChild.textContent") == "a"
+    assert page.locator("*").count() < 400
+    assert page.locator("#message").evaluate("message => message.childNodes.length") <= 401
+
+
+COLOURS = """() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const blend = (colours) => {
+        canvas.clearRect(0, 0, 1, 1);
+        for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255);
+    };
+    const behind = (element) =>
+        element ? [...behind(element.parentElement), getComputedStyle(element).backgroundColor] : [];
+    const found = [];
+    for (const element of [...document.body.querySelectorAll("*")].filter((element) => element.checkVisibility())) {
+        const style = getComputedStyle(element), after = getComputedStyle(element, "::after");
+        const around = behind(element.parentElement), inside = behind(element), card = behind(element.closest(".card"));
+        const name = `${element.tagName} ${element.id || element.className} ${element.textContent.slice(0, 20)}`;
+        const add = (kind, colour, beside) =>
+            found.push({ name, kind, colour: blend([...beside, colour]), beside: blend(beside) });
+        if (style.opacity < 1) throw Error(`faded: ${name}`);
+        if ([...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()))
+            add("text", style.color, inside);
+        if (after.content !== "none") add("text", after.color, inside);
+        if (element.matches("textarea")) {
+            add("text", style.color, inside);
+            add("text", getComputedStyle(element, "::placeholder").color, inside);
+        }
+        if (element.matches("textarea, button:not(.quiet), .meter, .alert"))
+            for (const beside of [around, inside]) add("border", style.borderTopColor, beside);
+        if (element.matches(".meter > *"))
+            for (const beside of [around, card]) add("meter", style.backgroundColor, beside);
+        if (element.matches(".meter > .mark")) add("gap", style.backgroundColor, [style.outlineColor]);
+        if (element.matches("textarea, button, input, a")) {
+            element.focus({ focusVisible: true });
+            if (style.outlineStyle !== "solid") throw Error(`no focus ring: ${name}`);
+            add("focus", style.outlineColor, around);
+            element.blur();
+        }
+    }
+    return found;
+}"""
+
+
+def contrast(one, other):
+    """Return the contrast ratio of two colours, as WCAG 2.2 defines it."""
+    colours = np.array([one, other])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    dark, light = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (light + 0.05) / (dark + 0.05)
+
+
+def expect_contrast(page):
+    """Expect that what a page shows differs enough from what is beside it, and return what was compared."""
+    page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished))")
+    found = page.evaluate(COLOURS)
+    faint = {
+        f"{entry['kind']} of {entry['name']}": ratio
+        for entry in found
+        if (ratio := contrast(entry["colour"], entry["beside"])) < (4.5 if entry["kind"] == "text" else 3)
+    }
+    assert faint == {}
+    return found
+
+
+def expect_slider_to_stand_out(page):
+    """Expect that the track and the thumb of the slider, whose styles no script can read, differ from the card."""
+    slider = page.get_by_role("slider")
+    slider.press("Home")
+    slider.blur()
+    image = imread(io.BytesIO(slider.screenshot()))[..., :3]
+    height, card, middle = len(image), image[0, 0], image[len(image) // 2]
+    track, thumb = middle[-height], middle[height // 3]
+    assert contrast(track, card) >= 3
+    assert contrast(thumb, card) >= 3
+    assert max(contrast(colour, track) for colour in middle[height // 3 : height]) >= 3, "no gap between the two"
+
+
+def test_contrast(page):
+    pushes = [sign * (0.05 + step / 5) for step in range(21) for sign in (1, -1)]
+    answer_with(page, pushes)
+    page.get_by_label("Message").fill("w " * len(pushes))
+    expect(page.locator("#message mark")).to_have_count(len(pushes))
+    page.get_by_role("checkbox").check()
+    page.get_by_role("slider").press("ArrowLeft")
+    expect(page.locator("#reset")).to_be_visible()
+    found = expect_contrast(page)
+    assert {entry["kind"] for entry in found} == {"text", "border", "meter", "gap", "focus"}
+    assert sum(entry["name"].startswith("MARK") for entry in found) == 2 * len(pushes)
+    expect_slider_to_stand_out(page)
+
+    page.route("**/explain", lambda route: route.fulfill(status=400, json={"error": "for a test"}))
+    page.get_by_label("Message").fill("w")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect_contrast(page)
+    page.goto(page.url + "docs")
+    expect_contrast(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_forced_colours(browser, server, scheme):
+    context = browser.new_context(forced_colors="active", color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.get_by_label("Message").fill(f"{SPAM} {HAM}")
+    expect(page.locator("mark.ham")).not_to_have_count(0)
+    lines = "words => [...new Set(words.map(word => getComputedStyle(word).borderBottomStyle))]"
+    assert page.locator("mark.spam, .key.spam").evaluate_all(lines) == ["solid"]
+    assert page.locator("mark.ham, .key.ham").evaluate_all(lines) == ["dotted"]
+    width = "word => parseFloat(getComputedStyle(word).borderBottomWidth)"
+    assert page.locator("mark", has_text="£100,000").evaluate(width) > page.locator("mark.ham").first.evaluate(width)
+    expect_contrast(page)
+    expect_slider_to_stand_out(page)
+    context.close()
 
 
 def expect_figures(page, point):
@@ -243,10 +395,75 @@ def test_message_refused(page):
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_a_busy_server_is_asked_again(page):
+    page.route("**/explain", lambda route: route.fulfill(status=503, headers={"Retry-After": "1"}, body="<h1>busy"))
+    page.get_by_label("Message").fill(SPAM)
+    expect(page.get_by_role("alert")).to_have_text(
+        "The server is busy. Your message stays here, and the page soon tries again."
+    )
+    expect(page.get_by_label("Message")).to_have_value(SPAM)
+    expect(page.locator("#result")).to_be_hidden()
+    page.unroute("**/explain")
+    expect(page.locator("#verdict")).to_have_text("Spam")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_proxy_refuses_without_json(page):
+    page.route("**/explain", lambda route: route.fulfill(status=413, body="<h1>too large"))
+    page.get_by_label("Message").fill(SPAM)
+    expect(page.get_by_role("alert")).to_have_text("The server refused the message: status 413.")
+
+
+def test_fast_typing_asks_seldom(page):
+    sent = []
+    page.on(
+        "request", lambda request: sent.append(json.loads(request.post_data)["text"]) if request.post_data else None
+    )
+    page.clock.install()
+    page.clock.pause_at(time.time() + 60)
+    box = page.get_by_label("Message")
+    box.press_sequentially("a")
+    page.clock.run_for(1)
+    expect(page.locator("#message")).to_have_text("a")
+    assert sent == ["a"], "the first letter waits"
+    for letter in "bcdef":
+        box.press_sequentially(letter)
+        page.clock.run_for(10)
+    assert sent == ["a"]
+    page.clock.run_for(150)
+    expect(page.locator("#message")).to_have_text("abcdef")
+    assert sent == ["a", "abcdef"]
+
+
+def test_a_server_that_does_not_tell_why(browser):
+    app = create_app()
+    app.view_functions["index"] = lambda: render_template("index.html", card=load_card(), explains=False)
+    with served(app) as server:
+        page = browser.new_page()
+        faults, asked = [], []
+        page.on("pageerror", lambda error: faults.append(error))
+        page.on("request", lambda request: asked.append(request.url.rsplit("/", 1)[-1]))
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.get_by_label("Message").fill(SPAM)
+        expect(page.locator("#verdict")).to_have_text("Spam")
+        expect(page.locator("#result")).to_contain_text("This server does not tell why: who knows which words count")
+        expect(page.locator("#result h2")).to_have_count(0)
+        page.get_by_role("slider").press("End")
+        expect(page.locator("#verdict")).to_have_text("Ham")
+        page.close()
+        assert not faults
+        assert "score" in asked
+        assert "explain" not in asked
+
+
 def test_without_javascript(browser, server):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{server.port}/")
+    expect(page.locator("noscript p")).to_contain_text("Without JavaScript the answer comes as JSON")
+    expect(page.locator("button, input")).to_have_count(1 + page.locator("button[type=button], input").count())
+    for control in page.locator("button[type=button], input").all():
+        expect(control).to_be_hidden()
     page.get_by_label("Message").fill(SPAM)
     page.get_by_role("button", name="Score it").click()
     expect(page.locator("body")).to_contain_text('"prediction":true')
