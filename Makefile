@@ -30,7 +30,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run style check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
+.PHONY: help run impact style check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,8 @@ run: build/train.ipynb  ## prepare the data, train, select and save the model, s
 	@echo; cat build/benchmarks.md; echo; cat build/repeated.txt; echo
 	@$(BIN)/python -c "$$EXAMPLES"
 	@echo; echo "Serve it with 'make serve' and open http://127.0.0.1:$(PORT)"
+
+impact: build/impact.ipynb  ## what the filter does to users and money, and the experiment that decides
 
 style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff check
@@ -64,6 +66,7 @@ ui: build/train.ipynb  ## look at the experiments in MLflow, on port 5001
 notebooks: .venv/requirements-transfer.txt | build  ## execute the committed notebooks in place
 	$(EXECUTE) --inplace prepare.ipynb
 	WITH_TRANSFORMER=yes $(EXECUTE) --inplace train.ipynb
+	$(EXECUTE) --inplace impact.ipynb
 	$(EXECUTE) --output-dir build transfer_learning.ipynb
 	@$(BIN)/python -c "$$STRIP" build/transfer_learning.ipynb
 	mv build/transfer_learning.ipynb .
@@ -108,6 +111,9 @@ build/prepare.ipynb: prepare.ipynb params.yaml dvc.yaml data/profile_messages.py
 	$(BIN)/papermill $< $@
 
 build/train.ipynb: train.ipynb params.yaml score.py $(wildcard engine/*.py data/*.dvc) build/prepare.ipynb
+	$(BIN)/papermill $< $@
+
+build/impact.ipynb: impact.ipynb params.yaml score.py $(wildcard engine/*.py models/*) build/prepare.ipynb
 	$(BIN)/papermill $< $@
 
 .venv/bin/uv:
