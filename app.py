@@ -19,7 +19,6 @@ from sklearn.base import BaseEstimator
 from engine.answers import HEADERS, prepare_answers
 from engine.fields import (
     LARGEST_BODY_OF_BATCH,
-    MOST_FIELDS,
     SMALL_BODY,
     parse_fields,
     parse_json,
@@ -59,7 +58,6 @@ def create_app(
     score("", model, card["threshold"])
     metrics, heavy = Metrics(card), Queue()
     app = Flask(__name__)
-    app.config["MAX_FORM_PARTS"] = MOST_FIELDS
     app.json.sort_keys = False
     app.register_blueprint(make_pages(card, explains))
     prepare_answers(app)

@@ -45,7 +45,8 @@ def parse_fields(body: bytes) -> dict[str, Any]:
         return parse_json(body)
     try:
         if request.mimetype == "multipart/form-data":
-            return request.form.to_dict()  # app.py sets the limit of its parts
+            request.max_form_parts = MOST_FIELDS
+            return request.form.to_dict()
         if body.count(b"&") < MOST_FIELDS:
             return dict(reversed(parse_qsl(body.decode(), keep_blank_values=True, errors="strict")))
     except ValueError as error:
