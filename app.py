@@ -9,7 +9,6 @@ belongs behind a proxy that limits that time, or stalled clients, 256 for each w
 """
 
 import os
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -62,42 +61,45 @@ def create_app(
     app.register_blueprint(make_pages(card, explains))
     prepare_answers(app)
 
-    def score_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    def score_text(fields: dict[str, Any]) -> dict[str, Any]:
         text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
         prediction, propensity = score(text, model, threshold)
         metrics.scored([(prediction, propensity)])
         return {"prediction": prediction, "propensity": propensity, "threshold": threshold}
 
+    def score_texts(body: bytes) -> dict[str, Any]:
+        fields, results = parse_fields(body), []
+        texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
+        for i in range(0, len(texts), PART):
+            heavy.check_deadline()
+            results += score_batch(texts[i : i + PART], model, threshold)
+        metrics.scored(results)
+        answers = [{"prediction": prediction, "propensity": propensity} for prediction, propensity in results]
+        return {"results": answers, "threshold": threshold}
+
+    def explain_text(body: bytes) -> dict[str, Any]:
+        fields = parse_fields(body)
+        text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        prediction, propensity = score(text, model, threshold)
+        answer = {"prediction": prediction, "propensity": propensity, "threshold": threshold}
+        return {**answer, "contributions": explain(text, model)}
+
     @app.post("/score")
     def score_one() -> dict[str, Any]:
         body = read_body()
-        with heavy.turn() if len(body) > SMALL_BODY else nullcontext():
-            return score_fields(parse_fields(body))
+        if len(body) <= SMALL_BODY:
+            return score_text(parse_fields(body))
+        return heavy.run(lambda: score_text(parse_fields(body)))
 
     @app.post("/score/batch")
     def score_many() -> dict[str, Any]:
-        body = read_body(LARGEST_BODY_OF_BATCH)
-        with heavy.turn() as check_deadline:
-            fields, results = parse_fields(body), []
-            texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
-            for i in range(0, len(texts), PART):
-                check_deadline()
-                results += score_batch(texts[i : i + PART], model, threshold)
-            metrics.scored(results)
-        answers = [{"prediction": prediction, "propensity": propensity} for prediction, propensity in results]
-        return {"results": answers, "threshold": threshold}
+        return heavy.run(score_texts, read_body(LARGEST_BODY_OF_BATCH))
 
     @app.post("/explain")
     def explain_one() -> dict[str, Any]:
         if not explains:
             abort(403, "this server does not explain its scores")
-        body = read_body()
-        with heavy.turn():
-            fields = parse_fields(body)
-            text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
-            prediction, propensity = score(text, model, threshold)
-            answer = {"prediction": prediction, "propensity": propensity, "threshold": threshold}
-            return {**answer, "contributions": explain(text, model)}
+        return heavy.run(explain_text, read_body())
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -110,7 +112,7 @@ def create_app(
 
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     through_flask = app.wsgi_app
-    shortcut = Shortcut(through_flask, "/score", lambda body: score_fields(parse_json(body)), HEADERS, SMALL_BODY)
+    shortcut = Shortcut(through_flask, "/score", lambda body: score_text(parse_json(body)), HEADERS, SMALL_BODY)
     app.wsgi_app = CountRequests(shortcut, metrics, paths)
     return app
 

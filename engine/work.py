@@ -1,16 +1,19 @@
-"""Heavy work in turn, so that light work is answered at once and no work is promised that cannot be done.
+"""Heavy work in turn, so that light work is answered at once and no work is accepted that cannot be done.
 
-In each process one piece of heavy work runs at a time; a few more wait, and all others are refused at once. What has
-waited or run until its deadline is refused too. That bounds the work for clients that have gone as well: the
-server does not tell an application when one hangs up.
+In each process one thread does the heavy work, piece by piece; a few more pieces wait, and all others are refused at
+once. What has waited or run until its deadline is refused too. That bounds the work for clients that have gone as
+well: the server does not tell an application when one hangs up.
 """
 
 import gc
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from time import monotonic
+from typing import Any
 
 from werkzeug.exceptions import ServiceUnavailable
 
@@ -18,6 +21,7 @@ DEADLINE = 5  # seconds from the arrival of a request
 MOST_WAITING = 16  # pieces of work in each process
 RETRY_AFTER = 1  # seconds
 SLICE = 0.0005  # seconds that heavy work keeps the interpreter once a light request wants it
+NICENESS = 10
 
 
 class Queue:
@@ -27,45 +31,55 @@ class Queue:
         """Make an empty queue.
 
         Args:
-            most_waiting: how many may wait besides the one that runs.
-            deadline: seconds that one may wait and run, both together.
+            most_waiting: how many pieces may wait besides the one that is done.
+            deadline: seconds that one may wait and be done, both together.
         """
         self.places = threading.BoundedSemaphore(most_waiting + 1)
-        self.running = threading.Lock()
-        self.deadline = deadline
+        self.deadline, self.end = deadline, 0.0
+        self.thread = ThreadPoolExecutor(1, "heavy", initializer=give_way)
 
-    @contextmanager
-    def turn(self) -> Iterator[Callable[[], None]]:
-        """Wait for a turn and hold it while the context lasts.
+    def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do a piece of work when its turn comes, and return what it returns.
 
-        Returns:
-            A function to call between the parts of the work: it raises ServiceUnavailable once the deadline is over.
+        Args:
+            work: what is to be done; it calls `check_deadline` between its parts.
+            args: its arguments.
 
         Raises:
-            ServiceUnavailable: as many as may wait do, or the deadline is over.
+            ServiceUnavailable: as many pieces as may wait do, or the deadline is over.
         """
-        end = monotonic() + self.deadline
-
-        def check() -> None:
-            if monotonic() >= end:
-                raise self._late()
-
         if not self.places.acquire(blocking=False):
             raise ServiceUnavailable("the server has too much work waiting: try again later", retry_after=RETRY_AFTER)
+        end = monotonic() + self.deadline
+
+        def begin() -> Any:
+            self.end = end
+            self.check_deadline()
+            return work(*args)
+
+        future = self.thread.submit(copy_context().run, begin)
+        future.add_done_callback(lambda _: self.places.release())
         try:
-            if not self.running.acquire(timeout=self.deadline):
-                raise self._late()
-            try:
-                yield check
-            finally:
-                self.running.release()
-        finally:
-            self.places.release()
+            return future.result(self.deadline)
+        except TimeoutError:
+            future.cancel()
+            raise self._late() from None
+
+    def check_deadline(self) -> None:
+        """Raise ServiceUnavailable if the deadline of the piece of work that is being done is over."""
+        if monotonic() >= self.end:
+            raise self._late()
 
     def _late(self) -> ServiceUnavailable:
         """Return what refuses work that is not done in time."""
         message = f"the server could not do this within {self.deadline} seconds: try again later"
         return ServiceUnavailable(message, retry_after=RETRY_AFTER)
+
+
+def give_way() -> None:
+    """Let the other threads of the machine go before this one, where the system knows a niceness of threads."""
+    if sys.platform == "linux":
+        os.nice(NICENESS)
 
 
 def favour_light_work() -> None:

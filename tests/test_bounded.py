@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers import HAM, LengthModel, launched, stub_card
 from sklearn.base import BaseEstimator
-from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.test import encode_multipart
 
 import app as service
@@ -123,13 +122,12 @@ def test_a_batch_is_dropped_at_its_deadline(monkeypatch):
     assert client.post("/score/batch", json={"texts": ["x"]}).status_code == 200
 
 
-def test_a_turn_is_given_back_after_an_error():
+def test_a_place_is_given_back_after_an_error():
     queue = Queue(most_waiting=0)
     for _ in range(3):
-        with pytest.raises(ZeroDivisionError), queue.turn():
-            raise ZeroDivisionError
-    with queue.turn(), pytest.raises(ServiceUnavailable), queue.turn():
-        pass
+        with pytest.raises(ZeroDivisionError):
+            queue.run(lambda: 1 / 0)
+    assert queue.run(abs, -1) == 1
 
 
 # Limits
