@@ -1,7 +1,9 @@
 """What bounds the work that one client can make: limits, turns, deadlines; and what every answer carries."""
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -271,22 +273,24 @@ def server():
     ],
 )
 def test_the_server_closes_where_it_leaves_a_body_unread(server, method, path, content_type, length, status, closes):
-    connection = http.client.HTTPConnection(server.hostname, server.port, timeout=10)
-    headers = {"Content-Type": content_type} if content_type else {}
-    connection.request(method, path, body=b"{}".ljust(length) if length else None, headers=headers)
-    response = connection.getresponse()
-    response.read()
-    assert response.status == status
-    assert (response.headers["Connection"] == "close") is closes
-    assert (connection.sock is None) is closes
-    assert response.headers["Server"] == ""
-    assert response.headers["Cache-Control"] == "no-store"
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection(server.hostname, server.port, timeout=10)) as connection:
+        connection.putrequest(method, path)
+        if content_type:
+            connection.putheader("Content-Type", content_type)
+            connection.putheader("Content-Length", length)
+        connection.endheaders(None if closes else b"{}"[:length])  # what is not read need not be sent
+        with connection.getresponse() as response:
+            response.read()
+        assert response.status == status
+        assert (response.headers["Connection"] == "close") is closes
+        assert (connection.sock is None) is closes
+        assert response.headers["Server"] == ""
+        assert response.headers["Cache-Control"] == "no-store"
 
 
 @pytest.mark.parametrize("request_line", [b"GARBAGE", b"GET /health HTTP/1.1"])
 def test_the_server_does_not_say_its_name(server, request_line):
-    with http.client.socket.create_connection((server.hostname, server.port), timeout=10) as client:
+    with socket.create_connection((server.hostname, server.port), timeout=10) as client:
         client.sendall(request_line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
         with client.makefile("rb") as answer:
             assert b"granian" not in answer.read().lower()
