@@ -12,20 +12,11 @@ import os
 from functools import cache
 from typing import Any
 
-from flask import Flask, Response, abort
+from flask import Flask, abort
 from sklearn.base import BaseEstimator
 
 from engine.answers import HEADERS, prepare_answers
-from engine.fields import (
-    LARGEST_BODY_OF_BATCH,
-    SMALL_BODY,
-    parse_fields,
-    parse_json,
-    read_body,
-    read_text,
-    read_texts,
-    read_threshold,
-)
+from engine.fields import LARGEST_BATCH_BODY, SMALL_BODY, parse_fields, parse_json, read_batch, read_body, read_message
 from engine.metrics import CountRequests, Metrics
 from engine.pages import make_pages
 from engine.server import serve
@@ -55,21 +46,21 @@ def create_app(
     explains = read_switch("EXPLAIN") if explains is None else explains
     # A model that cannot score fails here, and one that can is folded before the workers fork.
     score("", model, card["threshold"])
-    metrics, heavy = Metrics(card), Queue()
+    metrics, heavy = Metrics(card), Queue()  # batches, explanations and long bodies wait for their turn
     app = Flask(__name__)
     app.json.sort_keys = False
-    app.register_blueprint(make_pages(card, explains))
+    app.register_blueprint(make_pages(card, metrics, explains))
     prepare_answers(app)
 
     def score_text(fields: dict[str, Any]) -> dict[str, Any]:
-        text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        text, threshold = read_message(fields, card["threshold"])
         prediction, propensity = score(text, model, threshold)
         metrics.scored([(prediction, propensity)])
         return {"prediction": prediction, "propensity": propensity, "threshold": threshold}
 
     def score_texts(body: bytes) -> dict[str, Any]:
         fields, results = parse_fields(body), []
-        texts, threshold = read_texts(fields), read_threshold(fields, card["threshold"])
+        texts, threshold = read_batch(fields, card["threshold"])
         for i in range(0, len(texts), PART):
             heavy.check_deadline()
             results += score_batch(texts[i : i + PART], model, threshold)
@@ -79,7 +70,7 @@ def create_app(
 
     def explain_text(body: bytes) -> dict[str, Any]:
         fields = parse_fields(body)
-        text, threshold = read_text(fields), read_threshold(fields, card["threshold"])
+        text, threshold = read_message(fields, card["threshold"])
         prediction, propensity = score(text, model, threshold)
         answer = {"prediction": prediction, "propensity": propensity, "threshold": threshold}
         return {**answer, "contributions": explain(text, model)}
@@ -93,7 +84,7 @@ def create_app(
 
     @app.post("/score/batch")
     def score_many() -> dict[str, Any]:
-        return heavy.run(score_texts, read_body(LARGEST_BODY_OF_BATCH))
+        return heavy.run(score_texts, read_body(LARGEST_BATCH_BODY))
 
     @app.post("/explain")
     def explain_one() -> dict[str, Any]:
@@ -104,11 +95,6 @@ def create_app(
     @app.get("/health")
     def health() -> dict[str, Any]:
         return {"status": "ok", "model": card["name"], "sha256": card["sha256"]}
-
-    @app.get("/metrics")
-    def expose_metrics() -> Response:
-        content, content_type = metrics.exposition()
-        return Response(content, content_type=content_type)
 
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     through_flask = app.wsgi_app

@@ -12,7 +12,7 @@ from engine.saved import check_threshold
 
 SMALL_BODY = 2**11  # bytes; what is larger waits for its turn
 LARGEST_BODY = 2**17  # bytes; the longest text takes 120,000 where each character is escaped as \ud83d\ude00
-LARGEST_BODY_OF_BATCH = 2**20  # bytes
+LARGEST_BATCH_BODY = 2**20  # bytes
 LARGEST_BATCH = 1000  # texts
 LONGEST_TEXT = 10_000  # characters; the longest SMS of many parts has 1,600
 LONGEST_BATCH = 250_000  # characters of all texts; of the costliest ones the model scores so many in a second
@@ -70,18 +70,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def read_text(fields: dict[str, Any]) -> str:
-    """Return the text of a request; 400 where there is none, 413 where it is too long."""
+def read_message(fields: dict[str, Any], default: float) -> tuple[str, float]:
+    """Return the text and the threshold of a request; 400 where they are not right, 413 where the text is too long."""
     if "text" not in fields:
         abort(400, "text is missing")
     if not isinstance(fields["text"], str):
         abort(400, "text must be a string")
     refuse_long(fields["text"])
-    return fields["text"]
+    return fields["text"], read_threshold(fields, default)
 
 
-def read_texts(fields: dict[str, Any]) -> list[str]:
-    """Return the texts of a batch; 400 where there are none, 413 where they are too many or too long."""
+def read_batch(fields: dict[str, Any], default: float) -> tuple[list[str], float]:
+    """Return the texts and the threshold of a batch; 400 where they are not right, 413 where the texts are too much."""
     if "texts" not in fields:
         abort(400, "texts is missing")
     texts = fields["texts"]
@@ -93,7 +93,7 @@ def read_texts(fields: dict[str, Any]) -> list[str]:
         refuse_long(text)
     if (characters := sum(map(len, texts))) > LONGEST_BATCH:
         abort(413, f"the texts of a batch have at most {LONGEST_BATCH} characters, not {characters}")
-    return texts
+    return texts, read_threshold(fields, default)
 
 
 def refuse_long(text: str) -> None:

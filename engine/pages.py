@@ -1,4 +1,4 @@
-"""The page for people, and the description of the interface for people and for programs."""
+"""What can be read of the service: its page, its metrics, and the description of its interface."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,17 @@ from typing import Any
 
 from flask import Blueprint, Response, render_template
 
+from engine.metrics import Metrics
+
 SPECIFICATION = Path(__file__).resolve().parents[1] / "static" / "openapi.json"
 
 
-def make_pages(card: dict[str, Any], explains: bool) -> Blueprint:
+def make_pages(card: dict[str, Any], metrics: Metrics, explains: bool) -> Blueprint:
     """Return the pages of an application.
 
     Args:
         card: of its model.
+        metrics: what it counts.
         explains: whether it explains its scores.
     """
     pages = Blueprint("pages", __name__)
@@ -22,6 +25,11 @@ def make_pages(card: dict[str, Any], explains: bool) -> Blueprint:
     @pages.get("/")
     def index() -> str:
         return render_template("index.html", card=card, explains=explains)
+
+    @pages.get("/metrics")
+    def expose_metrics() -> Response:
+        content, content_type = metrics.exposition()
+        return Response(content, content_type=content_type)
 
     @pages.get("/openapi.json")
     def openapi() -> Response:

@@ -184,7 +184,7 @@ def multipart(fields):
 
 
 @pytest.mark.parametrize("encode", [multipart, lambda fields: {"data": fields}])
-@pytest.mark.parametrize(("fields", "status"), [(100, 200), (101, 413), (1100, 413)])
+@pytest.mark.parametrize(("fields", "status"), [(100, 200), (101, 413), (900, 413)])
 def test_the_fields_of_a_form_are_limited(client, encode, fields, status):
     response = client.post("/score", **encode({"text": "x", **{str(i): "" for i in range(fields - 1)}}))
     assert response.status_code == status
