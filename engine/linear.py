@@ -36,7 +36,7 @@ from engine.text import normalise, normalise_texts, origins, plain
 
 # Tokens and characters that are the same in a word alone as in the middle of a text.
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]"}
-WORDS_REMEMBERED = 2**14
+WORDS_REMEMBERED = 2**15
 LONGEST_WORD_REMEMBERED = 32  # characters; longer ones, links mostly, seldom come again
 PROBES = (
     "",

@@ -15,8 +15,9 @@ from sklearn.base import BaseEstimator
 from werkzeug.test import encode_multipart
 
 from app import create_app
-from engine.fields import LARGEST_BATCH, LARGEST_BODY, LONGEST_TEXT, read_threshold
+from engine.fields import LARGEST_BATCH, LARGEST_BODY, LONGEST_BATCH, LONGEST_TEXT, SMALL_BODY, read_threshold
 from engine.shortcut import Shortcut
+from engine.work import DEADLINE
 from score import explain, load_card, load_model, score
 
 SPAM, HAM = SPAM[0], HAM[0]
@@ -77,6 +78,8 @@ def test_text(client, model, text, content_type):
         '{"text": 5}',
         '{"text": "free", "threshold": "0_1"}',
         json.dumps({"text": "x" * (LONGEST_TEXT + 1)}),
+        json.dumps({"text": ""}).ljust(SMALL_BODY),
+        json.dumps({"text": ""}).ljust(SMALL_BODY + 1),
         " " * (LARGEST_BODY + 1),
     ],
 )
@@ -147,9 +150,8 @@ def test_explain(client, model):
         ("", "not valid JSON"),
         ("{", "not valid JSON"),
         ('{"text": "free", "threshold": 1e}', "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 10_000, "not valid JSON"),
         (b'{"text": "\xff"}', "not valid JSON"),
-        ('{"text": "free", "threshold": ' + "9" * 5000 + "}", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("null", "must be a JSON object"),
         ('"free"', "must be a JSON object"),
@@ -172,6 +174,7 @@ def test_explain(client, model):
         ('{"text": "free", "threshold": -1e-9}', "threshold must be between 0 and 1"),
         ('{"text": "free", "threshold": NaN}', "threshold must be between 0 and 1"),
         ('{"text": "free", "threshold": Infinity}', "threshold must be between 0 and 1"),
+        ('{"text": "free", "threshold": ' + "9" * 5000 + "}", "threshold must be between 0 and 1"),
     ],
 )
 def test_bad_json(client, path, body, message):
@@ -239,7 +242,7 @@ def test_unsupported_media_type(client, path, content_type):
 def test_too_large(client, content_type):
     response = client.post("/score", data=b" " * (LARGEST_BODY + 1), content_type=content_type)
     assert response.status_code == 413
-    assert response.json == {"error": "the body is larger than 1048576 bytes"}
+    assert response.json == {"error": "the body is larger than 131072 bytes"}
 
 
 def test_largest_body(client):
@@ -269,18 +272,12 @@ def test_large_body_in_chunks(client, content_type, body, filler, size, status):
     assert response.status_code == status, response.text
 
 
-@pytest.mark.parametrize("rest", [{"rest": "x" * 1_000_000}, {f"rest{i}": "" for i in range(900)}])
+@pytest.mark.parametrize("rest", [{"rest": "x" * 130_000}, {f"rest{i}": "" for i in range(90)}])
 def test_large_multipart_form(client, rest):
     boundary, body = encode_multipart({"text": HAM, **rest})
     content_type = f"multipart/form-data; boundary={boundary}"
     response = client.post("/score", data=body, content_type=content_type)
     assert response.status_code == 200, response.text
-
-
-def test_form_of_too_many_parts(client):
-    boundary, body = encode_multipart({"text": HAM, **{f"rest{i}": "" for i in range(1100)}})
-    response = client.post("/score", data=body, content_type=f"multipart/form-data; boundary={boundary}")
-    assert response.status_code == 413
 
 
 @pytest.mark.parametrize("content_type", [JSON, FORM])
@@ -372,7 +369,6 @@ def test_pages(client, path):
     response = client.get(path)
     assert response.status_code == 200
     assert response.mimetype == "text/html"
-    assert response.headers["Content-Security-Policy"] == "default-src 'self'"
     for link in re.findall(r'(?:src|href)="([^"]+)"', response.text):
         with client.get(f"/{link}".replace("/.", "/")) as linked:
             assert linked.status_code == 200, link
@@ -402,6 +398,10 @@ def test_openapi_states_the_limits_in_use(client):
     schemas = client.get("/openapi.json").json["components"]["schemas"]
     assert schemas["Batch"]["properties"]["texts"]["maxItems"] == LARGEST_BATCH
     assert schemas["Text"]["maxLength"] == LONGEST_TEXT
+    assert f"{LONGEST_BATCH:,} characters" in schemas["Batch"]["properties"]["texts"]["description"]
+    page = client.get("/docs").text
+    assert f"{LARGEST_BODY // 1024} KiB" in page
+    assert f"within {DEADLINE} seconds" in page
 
 
 @pytest.mark.parametrize("number", ["0.5", "0", "-0", "1", "1.", "+.5", "1E-3", "1e0", "9.9e-01", " 00.10\n"])
