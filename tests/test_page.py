@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-from flask import render_template
 from helpers import HAM, SPAM, LengthModel, missing, stub_card
 from matplotlib.image import imread
 from playwright.sync_api import expect, sync_playwright
@@ -436,9 +435,7 @@ def test_fast_typing_asks_seldom(page):
 
 
 def test_a_server_that_does_not_tell_why(browser):
-    app = create_app()
-    app.view_functions["index"] = lambda: render_template("index.html", card=load_card(), explains=False)
-    with served(app) as server:
+    with served(create_app(explains=False)) as server:
         page = browser.new_page()
         faults, asked = [], []
         page.on("pageerror", lambda error: faults.append(error))
