@@ -22,7 +22,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import MESSAGES, ROOT, describe_machine, load, read_messages, say, write_bodies
+from benchmarks.bench import MESSAGES, ROOT, cpu_seconds, describe_machine, load, read_messages, say, write_bodies
 from benchmarks.faults import FAULTS, FLOODS_TO_TRY, flood, largest_batch, make_slow_text, served
 from benchmarks.floods import HOST, Answers, Target, request
 from benchmarks.hunt import EXAMPLES, HANG, Found, hunt
@@ -35,7 +35,7 @@ INPUTS = 100_000
 FROM_SCHEMA = 1000
 HEAVY_CLIENTS = 4
 ROUNDS = 3
-SECONDS = 5  # of each measurement beside heavy clients
+SECONDS = 4  # of each measurement beside heavy clients
 RATE, CONNECTIONS = 300, 16  # of the client whose time is measured: messages/s
 PAUSE = 0.05  # seconds for which a heavy client waits when it was answered 503
 RATIO = 10
@@ -98,7 +98,19 @@ def heavy_clients(target: Target, contents: list[bytes]) -> Iterator[Counter]:
             thread.join()
 
 
-def measure_heavy(target: Target, folder: Path, rounds: int, seconds: float) -> list[tuple[str, Counter, float, float]]:
+def settle(process_id: int) -> None:
+    """Wait until a server has done what clients left to it, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = cpu_seconds(process_id)
+        time.sleep(0.5)
+        if cpu_seconds(process_id) - before < 0.05:
+            break
+
+
+def measure_heavy(
+    target: Target, process_id: int, folder: Path, rounds: int
+) -> list[tuple[str, Counter, float, float]]:
     """Measure a client of /score alone and beside heavy clients, in turn.
 
     Returns:
@@ -106,14 +118,15 @@ def measure_heavy(target: Target, folder: Path, rounds: int, seconds: float) -> 
         the medians over the rounds.
     """
     bodies = write_bodies(folder / "bodies.jsonl", ({"text": text} for text in read_messages(MESSAGES)))
-    rows = []
+    url, rows = f"http://{HOST}:{target.port}/score", []
     for kind, contents in list_heavy(target).items():
         say(f"Heavy clients: {kind}")
         alone, beside, answered = [], [], Counter()
         for _ in range(rounds):
-            alone.append(load(f"http://{HOST}:{target.port}/score", bodies, seconds, CONNECTIONS, RATE)["p99"])
+            settle(process_id)
+            alone.append(load(url, bodies, SECONDS, CONNECTIONS, RATE)["p99"])
             with heavy_clients(target, contents) as statuses:
-                beside.append(load(f"http://{HOST}:{target.port}/score", bodies, seconds, CONNECTIONS, RATE)["p99"])
+                beside.append(load(url, bodies, SECONDS, CONNECTIONS, RATE)["p99"])
             answered += statuses
         rows.append((kind, answered, statistics.median(alone), statistics.median(beside)))
     return rows
@@ -132,8 +145,8 @@ def measure(folder: Path, quick: bool) -> str:
         found = hunt(target, process_id, log, new(), INPUTS // 20 if quick else INPUTS, 20 if quick else FROM_SCHEMA)
     faults = [attempt(fault, new()) for fault in FAULTS]
     floods = [attempt(flood, new(), kind, count) for kind, count in FLOODS_TO_TRY]
-    with served(new()) as (target, _, _):
-        heavy = measure_heavy(target, new(), 1 if quick else ROUNDS, SECONDS)
+    with served(new()) as (target, process_id, _):
+        heavy = measure_heavy(target, process_id, new(), 1 if quick else ROUNDS)
     return render(f"{machine}; {(time.monotonic() - begun) / 60:.0f} minutes", found, faults, floods, heavy)
 
 

@@ -150,19 +150,11 @@ def run_schemathesis(target: Target, folder: Path, examples: int, found: Found) 
         [
             *(Path(sys.executable).with_name("schemathesis"), "run", f"http://{HOST}:{target.port}/openapi.json"),
             *("--seed", "1", "--max-examples", str(examples), "--phases", "examples,coverage,fuzzing"),
-            *(
-                "--continue-on-failure",
-                "--no-shrink",
-                "--request-timeout",
-                str(HANG),
-                "--max-time",
-                "180",
-                "--no-color",
-            ),
-            *("--report-json-path", report),
+            *("--continue-on-failure", "--no-shrink", "--request-timeout", str(HANG), "--report-json-path", report),
         ],
         cwd=folder,
         capture_output=True,
+        timeout=300,
     )
     results = json.loads(report.read_text(encoding="utf-8"))
     failed = results["test_cases"]["with_failures"] + results["test_cases"]["errored"]
