@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -129,14 +130,12 @@ def send_all(target: Target, count: int, seconds: float) -> Found:
                 found.add(item, outcome)
         client.close()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        threads[0].join(20)
-        for thread in threads:
-            thread.join(0.1)
-        say(f"{sum(map(Counter.total, found.counts.values())):,} inputs of {count:,}")
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        working = [pool.submit(work, seed) for seed in range(CLIENTS)]
+        while wait(working, 20).not_done:
+            say(f"{sum(map(Counter.total, found.counts.values())):,} inputs of {count:,}")
+        for work_done in working:
+            work_done.result()
     return found
 
 
