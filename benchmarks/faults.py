@@ -21,19 +21,8 @@ from typing import Any
 import psutil
 
 from benchmarks.bench import ROOT, Service, running
-from benchmarks.floods import (
-    FLOODS,
-    PATIENCE,
-    Target,
-    Watch,
-    Watched,
-    ask,
-    find_nginx,
-    flooded,
-    free_port,
-    proxied,
-    request,
-)
+from benchmarks.floods import FLOODS, HOST, PATIENCE, Target, Watch, Watched, ask, flooded, request
+from benchmarks.proxy import find_nginx, free_port, proxied
 
 GOES_ON = 20  # seconds, in which the service must be what it was before
 FLOOD_SECONDS = 8
@@ -171,10 +160,15 @@ def fill_counts(folder: Path) -> Row:
 def start_full(folder: Path) -> Row:
     """Start the service where it finds no space to count."""
     command = SMALL.format(size="4k", then="head -c 4096 /dev/zero > /dev/shm/filler;").format(python=sys.executable)
-    log, target = folder / "full.log", Target(free_port())
-    with started(target.port, log, "unshare", "-rm", "sh", "-c", command) as process:
-        wait(lambda: process.poll() is not None or answers(target))
-        serves = process.poll() is None and answers(target)
+    log, port = folder / "full.log", free_port()
+
+    def listening(process_id: int) -> Target | None:
+        with suppress(ValueError):
+            return Target.of(f"http://{HOST}:{port}", process_id)
+
+    with started(port, log, "unshare", "-rm", "sh", "-c", command) as process:
+        target = wait(lambda: process.poll() is None and listening(process.pid))
+        serves = bool(target) and wait(lambda: answers(target), 5)
     ended = signal.Signals(-process.returncode).name if process.returncode < 0 else process.returncode
     told = f"serves: `{last_line(log)}`" if serves else f"ends with {ended}: `{last_line(log)}`"
     return "it starts with a full folder of counts", told, serves or "Cannot serve" in last_line(log)
@@ -300,6 +294,7 @@ FAULTS = (
     *(kill_parent, kill_workers, fill_counts, start_full, end_with_batches, stop_worker),
     *(partial(reload_model, good=True), partial(reload_model, good=False), send_batches),
 )
+IN_NAMESPACE = (fill_counts, start_full)  # which a machine may not allow
 FLOODS_TO_TRY = (("idle", 1100), ("stalled", 512), ("never reading", 1100))
 
 

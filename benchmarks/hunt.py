@@ -134,8 +134,8 @@ def send_all(target: Target, count: int, seconds: float) -> Found:
         working = [pool.submit(work, seed) for seed in range(CLIENTS)]
         while wait(working, 20).not_done:
             say(f"{sum(map(Counter.total, found.counts.values())):,} inputs of {count:,}")
-        for work_done in working:
-            work_done.result()
+        for client in working:
+            client.result()
     return found
 
 

@@ -6,7 +6,8 @@ import time
 import pytest
 from helpers import ROOT, launched, missing, poll
 
-from benchmarks.floods import FLOODS, MESSAGE, STRANGER, Target, Watch, ask, find_nginx, flooded, proxied, request
+from benchmarks.floods import FLOODS, MESSAGE, STRANGER, Target, Watch, ask, flooded, request
+from benchmarks.proxy import find_nginx, proxied
 from engine.fields import LARGEST_BODY
 
 pytestmark = pytest.mark.proxy
