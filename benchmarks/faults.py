@@ -163,12 +163,12 @@ def start_full(folder: Path) -> Row:
     log, port = folder / "full.log", free_port()
 
     def listening(process_id: int) -> Target | None:
-        with suppress(ValueError):
+        with suppress(ValueError, psutil.NoSuchProcess):
             return Target.of(f"http://{HOST}:{port}", process_id)
 
     with started(port, log, "unshare", "-rm", "sh", "-c", command) as process:
-        target = wait(lambda: process.poll() is None and listening(process.pid))
-        serves = bool(target) and wait(lambda: answers(target), 5)
+        target = wait(lambda: process.poll() is not None or listening(process.pid))
+        serves = isinstance(target, Target) and wait(lambda: answers(target), 5)
     ended = signal.Signals(-process.returncode).name if process.returncode < 0 else process.returncode
     told = f"serves: `{last_line(log)}`" if serves else f"ends with {ended}: `{last_line(log)}`"
     return "it starts with a full folder of counts", told, serves or "Cannot serve" in last_line(log)

@@ -1,6 +1,7 @@
 """The proxy of docs/nginx.conf before the service: who gets through it, and what it keeps away."""
 
 import re
+import shutil
 import time
 
 import pytest
@@ -15,11 +16,16 @@ BYSTANDER = "127.0.0.3"  # no gateway either
 SCORE = FLOODS["idle"]
 
 
+def require_tools():
+    """Skip the tests where nginx or openssl is missing."""
+    if not (find_nginx() and shutil.which("openssl")):
+        missing("apt-get install nginx openssl")
+
+
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """The service with two workers, and the proxy before it."""
-    if not find_nginx():
-        missing("nginx is missing: apt-get install nginx")
+    require_tools()
     with launched(WORKERS="2") as (process, url):
         service = Target.of(url, process.pid)
         with proxied(service, tmp_path_factory.mktemp("proxy")) as proxy:
@@ -113,8 +119,7 @@ def test_what_the_service_refuses_comes_through(servers):
 
 
 def test_a_service_that_is_away_is_said_so(tmp_path):
-    if not find_nginx():
-        missing("nginx is missing: apt-get install nginx")
+    require_tools()
     with launched(WORKERS="1") as (process, url):
         service = Target.of(url, process.pid)
         with proxied(service, tmp_path) as proxy:
