@@ -76,10 +76,10 @@ def answers(target: Target, content: bytes = FLOODS["idle"]) -> bool:
     return False
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a log, for a cell of a table."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].replace("|", "/").replace("`", "'")[:160] if lines else ""
+def last_line(log: Path, root: Path = ROOT) -> str:
+    """Return the last line of a log, for a cell of a table, with paths from `root`."""
+    lines = log.read_text(encoding="utf-8", errors="replace").replace(f"{root}/", "").strip().splitlines()
+    return lines[-1].replace("|", "/").replace("`", "'")[:200] if lines else ""
 
 
 def goes_on(seen: Watched) -> bool:
@@ -262,7 +262,7 @@ def reload_model(folder: Path, good: bool) -> Row:
         refused = log.read_text(encoding="utf-8")[said:].strip()
     which = {("another",): "the new model", (card["name"],): "the old model"}.get(tuple(names), "not one model")
     told = f"{which} answers after {seconds:.1f} s"
-    told += f"; it says: `{last_line(log)}`" if refused else "; it says nothing"
+    told += f"; it says: `{last_line(log, copy)}`" if refused else "; it says nothing"
     wanted = names == {"another"} if good else names == {card["name"]} and len(refused.splitlines()) == 1
     return (
         f"SIGHUP with a {'new' if good else 'bad'} model in place",
