@@ -27,7 +27,7 @@ from benchmarks.bench import MESSAGES, ROOT, cpu_seconds, describe_machine, load
 from benchmarks.faults import FAULTS, FLOODS_TO_TRY, IN_NAMESPACE, flood, largest_batch, make_slow_text, served
 from benchmarks.floods import HOST, Answers, Target, request
 from benchmarks.hunt import EXAMPLES, HANG, Found, hunt
-from benchmarks.inputs import FORM
+from benchmarks.inputs import FORM, MAKERS
 from engine.files import write
 
 REPORT = ROOT / "build" / "attack.md"
@@ -177,7 +177,7 @@ def render(
         heavy: what `measure_heavy` returns.
     """
     columns = ("2xx", "3xx", "4xx", "503", "closed", "5xx", "hang", "dropped")
-    counts = {kind: count for kind, count in found.counts.items() if kind != "schemathesis"}
+    counts = {kind: found.counts.get(kind, Counter()) for kind in MAKERS}
     schema = found.counts["schemathesis"]
     counts["all"] = sum(counts.values(), Counter())
     examples = [f"- {kind}, {outcome}: `{str(content)[2:-1]}`" for kind, outcome, content in found.examples]

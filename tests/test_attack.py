@@ -5,11 +5,13 @@ import random
 import socket
 import subprocess
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from benchmarks import hunt
+from benchmarks.attack import render
 from benchmarks.floods import Target, Watch, request
 from benchmarks.inputs import MAKERS, Input, make_input
 
@@ -128,3 +130,25 @@ def test_no_server_of_others_is_attacked():
         stack.callback(process.kill)
         with pytest.raises(ValueError, match=r"only a server that this program has started may be attacked"):
             Target.of(f"http://127.0.0.1:{theirs.getsockname()[1]}", process.pid)
+
+
+def test_the_report_shows_what_was_found():
+    found = hunt.Found()
+    for kind in MAKERS:
+        found.add(Input(kind, b"|"), "4xx")
+    found.add(Input("JSON", b"{"), "5xx")
+    found.counts["schemathesis"] = Counter(passed=9, failed=1)
+    report = render(
+        "a machine",
+        found,
+        [("a fault", "all answered", True)],
+        [("a flood", "1 lost", "0 lost", False)],
+        [("batches", Counter({"200": 1000}), 2.0, 30.0)],
+    )
+    assert "| JSON | 2 | 0 | 0 | 1 | 0 | 0 | 1 | 0 | 0 |" in report
+    assert "| all | 6 | 0 | 0 | 5 | 0 | 0 | 1 | 0 | 0 |" in report
+    assert "- JSON, 5xx: `{`" in report
+    assert "10 more requests, made from `/openapi.json`: 1 failed" in report
+    assert "| a fault | all answered | pass |" in report
+    assert "| a flood | 1 lost | 0 lost | fault |" in report
+    assert "| batches | 1,000 times 200 | 2.0 | 30.0 | 15.0 | fault |" in report
