@@ -113,6 +113,12 @@ def test_the_largest_body(proxy):
     assert f"larger than {LARGEST_BODY} bytes" in answer.content.decode()
 
 
+def test_a_body_that_no_endpoint_takes(proxy):
+    answer = ask(proxy, request("/score/batch", b" " * (2**20 + 1)))
+    assert answer.status == 413
+    assert answer.content == b'{"error": "the body is larger than 1048576 bytes"}\n'
+
+
 def test_what_the_service_refuses_comes_through(servers):
     service, proxy = servers
     assert ask(proxy, request("/score", b"{")).content == ask(service, request("/score", b"{")).content
