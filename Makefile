@@ -30,7 +30,8 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run impact style check test coverage serve ui notebooks transfer bench evaluate image up down hooks lock clean clean-experiments
+.PHONY: help run impact style check test coverage serve ui notebooks transfer bench attack evaluate image up down hooks \
+	lock clean clean-experiments
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -47,8 +48,8 @@ style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
-check: style | build  ## style, and the tests that take no notebook run, torch, Docker or browser
-	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser)"
+check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser or proxy
+	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy)"
 
 test: style .venv/requirements-transfer.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
@@ -76,6 +77,9 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 
 bench: build/bench/requirements.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
+
+attack: .venv/requirements.txt  ## attack the service with bad input, faults and heavy clients
+	$(BIN)/python -m benchmarks.attack
 
 evaluate: .venv/requirements.txt  ## measure the saved model on FILE, a labelled file of your own
 	@test -n "$(FILE)" || { echo "Name the file to evaluate on: make evaluate FILE=messages.csv" >&2; exit 1; }
