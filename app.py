@@ -9,17 +9,16 @@ belongs behind a proxy that limits that time, or stalled clients, 256 for each w
 
 import json
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, render_template, request
 from sklearn.base import BaseEstimator
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, ServiceUnavailable
 
 from engine.fields import LARGEST_BODY, parse_json, read_fields, read_text, read_texts, read_threshold
 from engine.metrics import CountRequests, Metrics
-from engine.server import serve
+from engine.server import draining, serve
 from engine.shortcut import FAILURE, Shortcut
 from score import explain, load_card, load_model, score, score_batch
 
@@ -87,6 +86,16 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     def health() -> dict[str, Any]:
         return {"status": "ok", "model": card["name"], "sha256": card["sha256"]}
 
+    @app.get("/health/live")
+    def live() -> dict[str, Any]:
+        return {"status": "ok"}
+
+    @app.get("/health/ready")
+    def ready() -> dict[str, Any]:
+        if draining():
+            raise ServiceUnavailable("the service is about to end: send requests to another")
+        return {"status": "ok"}
+
     @app.get("/metrics")
     def expose_metrics() -> Response:
         content, content_type = metrics.exposition()
@@ -128,13 +137,7 @@ def create_app(model: BaseEstimator | None = None, card: dict[str, Any] | None =
     return app
 
 
-@cache
-def load_app() -> Flask:
-    """Return this process's application with the saved model."""
-    return create_app()
-
-
 if __name__ == "__main__":
-    serve(load_app)
+    serve(create_app)
 else:
-    app = load_app()
+    app = create_app()
