@@ -104,6 +104,8 @@ def _sweep(place: Path) -> None:
         with suppress(OSError):
             os.close(_lock(folder))
             shutil.rmtree(folder)
+
+
 class Metrics:
     """Counts of requests, predictions and propensities, of this process or those that count together."""
 

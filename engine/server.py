@@ -21,7 +21,7 @@ from typing import Any
 
 import joblib
 from granian import Granian
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces
 from granian.log import LogLevels
 from granian.net import SocketHolder
 
@@ -30,14 +30,16 @@ from engine.metrics import count_as, count_together
 THREADS = 256  # of each worker: a slow client occupies one until its request has come in
 BACKLOG = 1024  # connections that wait for a worker, whichever it will be
 NOTICE = 1  # seconds for which a worker that is to end still takes requests
-DRAIN = 8  # seconds for those it then has in hand: more than the deadline of any
+LINGER = 0.5  # seconds for what comes on connections that it has accepted, more than a TICK
+DRAIN = 8  # seconds for the requests in hand: more than the deadline of any
 PATIENCE = 10  # seconds of silence after which a worker is taken for dead
 RETRY = 1  # seconds at least from one start of a worker to the next in its place
 TICK = 0.25  # seconds between two looks at the workers, and between two signs of life
+LEAVING, CLOSED = 1, 2  # states of a worker that is to end: it closes its connections, it accepts no more
 PR_SET_PDEATHSIG = 1
 
 # What parent and workers tell each other: whether the service is to end, then for each process a count that goes on
-# while it lives, and whether it is to end. Memory of this process alone, until serve() shares it.
+# while it lives, and its state. Memory of this process alone, until serve() shares it.
 _shared: bytearray | mmap.mmap = bytearray(1)
 
 
@@ -105,7 +107,12 @@ class Supervisor(Granian):
     def __init__(self, sockets: list[socket.socket], load: Callable[[], Any], app: Any):
         """Prepare to serve `app` by one worker for each socket, and after a SIGHUP what `load` returns then."""
         super().__init__(
-            "app", interface=Interfaces.WSGI, workers=len(sockets), blocking_threads=THREADS, log_level=LogLevels.error
+            "app",
+            interface=Interfaces.WSGI,
+            http=HTTPModes.http1,  # where it tells HTTP/2 apart, it drops connections that it has just accepted
+            workers=len(sockets),
+            blocking_threads=THREADS,
+            log_level=LogLevels.error,
         )
         self.sockets, self.load, self.app = sockets, load, app
         self.leaving, self.steps = [], []
@@ -123,8 +130,8 @@ class Supervisor(Granian):
         taken = {worker.place for worker in [*self.wrks, *self.leaving] if worker.is_alive()}
         place = next(place for place in range(2 * self.workers) if place not in taken)
         self._shd = SocketHolder(self.sockets[idx].fileno(), False, BACKLOG)
-        others = [*self.sockets[:idx], *self.sockets[idx + 1 :]]
-        worker = super()._spawn_worker(idx, target, partial(_begin, place, os.getpid(), others, self.app))
+        begin = partial(_begin, place, os.getpid(), self.sockets, idx, self.app)
+        worker = super()._spawn_worker(idx, target, begin)
         worker.place, worker.count, worker.silence = place, None, 0
         _shared[2 * place + 2] = 0
         return worker
@@ -137,10 +144,10 @@ class Supervisor(Granian):
             now = time.monotonic()
             # Where more has passed, this process was stopped, and perhaps the workers with it.
             passed, looked = min(now - looked, 2 * TICK), now
-            if self.interrupt_signal and self.wrks:
-                self._take_steps((NOTICE, self._close_sockets))
+            if self.interrupt_signal:
                 for worker in self.wrks:
-                    self._dismiss(worker)
+                    self._dismiss(worker, LEAVING)
+                    self._take_steps((NOTICE, partial(self._close, worker)))
                 self.wrks = []
             elif self.reload_signal and not self.leaving:
                 self.reload_signal = False
@@ -161,22 +168,22 @@ class Supervisor(Granian):
         self.wrks[idx] = self._spawn_worker(idx, target, None)
         self.wrks[idx].start()
 
-    def _dismiss(self, worker):
+    def _dismiss(self, worker, state):
         """Give a worker notice, then time for what it has in hand, then an end."""
         worker.interrupt_by_parent = True
-        _shared[2 * worker.place + 2] = 1
+        _shared[2 * worker.place + 2] = state
         self.leaving.append(worker)
-        self._take_steps((NOTICE, worker.terminate), (NOTICE + DRAIN, worker.kill))
+        self._take_steps((NOTICE + LINGER, worker.terminate), (NOTICE + DRAIN, worker.kill))
+
+    def _close(self, worker):
+        """Turn away new connections to a worker."""
+        self.sockets[worker.idx].close()
+        _shared[2 * worker.place + 2] = CLOSED
 
     def _take_steps(self, *steps):
         """Let the loop call functions, each after its number of seconds."""
         now = time.monotonic()
         self.steps += [(now + seconds, function) for seconds, function in steps]
-
-    def _close_sockets(self):
-        """Turn away new connections, as soon as the workers have closed theirs too."""
-        for listener in self.sockets:
-            listener.close()
 
     def _replace_all(self, target):
         """Give each worker a successor with a newly loaded application, if there is one."""
@@ -187,7 +194,7 @@ class Supervisor(Granian):
             return
         for idx, worker in enumerate(list(self.wrks)):
             self._start(idx, target)
-            self._dismiss(worker)
+            self._dismiss(worker, CLOSED)
 
     def _listen_to(self, worker, passed):
         """Kill a worker that has given no sign of life for too long."""
@@ -217,23 +224,29 @@ class Worker:
         return self.wsgi_app(environ, start_and_close)
 
 
-def _begin(place: int, parent: int, others: list[socket.socket], app: Any) -> Worker:
+def _begin(place: int, parent: int, sockets: list[socket.socket], idx: int, app: Any) -> Worker:
     """Make this process the worker of a place in the shared memory, and return its application."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could take this one with it
         os.kill(os.getpid(), signal.SIGKILL)
-    for listener in others:  # they would stay open for as long as this process has them
-        listener.close()
+    for other in sockets[:idx] + sockets[idx + 1 :]:  # they would stay open for as long as this process has them
+        other.close()
     count_as(place)
-    threading.Thread(target=_give_signs_of_life, args=(2 * place + 1,), daemon=True).start()
+    threading.Thread(target=_live, args=(place, sockets[idx].fileno()), daemon=True).start()
     return Worker(app, place)
 
 
-def _give_signs_of_life(index: int) -> None:
-    """Count on, for as long as this process can."""
-    while True:
-        _shared[index] = (_shared[index] + 1) % 256
+def _live(place: int, listener: int) -> None:
+    """Count on while this process can, until it is to accept no more connections."""
+    while _shared[2 * place + 2] != CLOSED:
+        _shared[2 * place + 1] = (_shared[2 * place + 1] + 1) % 256
         time.sleep(TICK)
+    # Granian would drop those that it has just accepted. So nobody comes any more before it is told to end.
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind("")
+        nobody.listen()
+        nobody.setblocking(False)
+        os.dup2(nobody.fileno(), listener)
 
 
 def _say(sentence: str) -> None:
