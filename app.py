@@ -18,8 +18,9 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, ServiceUna
 
 from engine.fields import LARGEST_BODY, parse_json, read_fields, read_text, read_texts, read_threshold
 from engine.metrics import CountRequests, Metrics
-from engine.server import draining, serve
+from engine.server import serve
 from engine.shortcut import FAILURE, Shortcut
+from engine.supervisor import draining
 from score import explain, load_card, load_model, score, score_batch
 
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}

@@ -1,6 +1,5 @@
 """What the service counts, in the form that Prometheus reads."""
 
-import fcntl
 import os
 import shutil
 import sys
@@ -89,6 +88,8 @@ def _lock(folder: str | Path) -> int:
     Raises:
         OSError: another has it.
     """
+    import fcntl  # not on Windows, where this module is imported too
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

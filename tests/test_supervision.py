@@ -1,6 +1,7 @@
-"""engine/server.py under fault: workers that die or hang, a parent that is killed, new models, full disks, an end."""
+"""engine/supervisor.py under fault: workers that die or hang, a killed parent, new models, full disks, the end."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import HAM, answers, children, counted, end, free_port, launched, metric_folders, poll
+from helpers import HAM, answers, children, counted, free_port, launched, metric_folders, poll
 
 from engine.saved import MODEL_PATH
 
 HAM = HAM[0]
 COUNTED = 'http_requests_total{method="POST",path="/score",status="200"}'
-# `python app.py`, for the model in the folder of $MODELS and with constants of the server that are set before.
+# `python app.py`, for the model in the folder of $MODELS and with other constants of the supervisor.
 PROGRAM = """
-import os, pathlib, app, engine.server
+import os, pathlib, app, engine.supervisor
 from engine.saved import load_card, load_model
 saved = pathlib.Path(os.environ["MODELS"], "best_model.joblib")
 {settings}
@@ -33,7 +34,7 @@ app.serve(lambda: app.create_app(load_model(saved), load_card(saved)))
 
 @contextlib.contextmanager
 def launched_with(models: Path, settings: str = "", **environment: str):
-    """Run the server for the model of a folder, with constants of engine/server.py."""
+    """Run the server for the model of a folder, with constants of engine/supervisor.py."""
     program = PROGRAM.format(settings=settings)
     with launched(sys.executable, "-c", program, MODELS=str(models), **{"WORKERS": "2", **environment}) as server:
         yield server
@@ -64,6 +65,26 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def both_workers(process: subprocess.Popen) -> set[int]:
+    """Wait until a server has two workers and return their process ids."""
+    return set(poll(lambda: len(children(process)) == 2 and children(process), "two workers"))
+
+
+def kill_workers(process: subprocess.Popen) -> None:
+    """Kill the workers of a server and wait until it has two others."""
+    lost = both_workers(process)
+    for worker in lost:
+        os.kill(worker, signal.SIGKILL)
+    poll(lambda: len(set(children(process)) - lost) == 2, "new workers")
+
+
+def reload(process: subprocess.Popen) -> None:
+    """Send SIGHUP to a server and wait until it has other workers."""
+    old = both_workers(process)
+    process.send_signal(signal.SIGHUP)
+    poll(lambda: not old & set(children(process)), "the old workers to end")
 
 
 def read_log(process: subprocess.Popen) -> str:
@@ -104,8 +125,7 @@ def clients(url: str, keep_alive: bool, number: int = 4):
 def test_a_killed_parent_takes_its_workers_with_it():
     port = str(free_port())
     with launched(WORKERS="2", PORT=port) as (process, url):
-        workers, folders = children(process), metric_folders(process)
-        assert len(workers) == 2
+        workers, folders = both_workers(process), metric_folders(process)
         assert folders
         process.kill()
         poll(lambda: not any(map(is_running, workers)), "the workers to end")
@@ -127,22 +147,16 @@ def test_workers_that_die_one_after_the_other_are_replaced():
     with launched(WORKERS="2") as (process, url):
         for _ in range(3):
             assert score(url)
-            lost = set(children(process))
-            for worker in lost:
-                os.kill(worker, signal.SIGKILL)
-            poll(lambda: len(set(children(process)) - lost) == 2, "new workers")
+            kill_workers(process)
         exposition = requests.get(f"{url}/metrics", timeout=5).text
         assert counted(exposition, COUNTED) == 3  # by workers of which none is there any more
-        assert (
-            len(list(metric_folders(process)[0].iterdir())) == 2 * 5
-        )  # of two kinds, for two at a time and the parent
+        # Files of two kinds, for two workers, their successors and the parent.
+        assert len(list(metric_folders(process)[0].iterdir())) == 2 * 5
 
 
 def test_a_worker_that_dies_at_once_is_not_started_without_a_pause(models):
-    with launched_with(models, "engine.server.count_as = lambda place: None if place else os._exit(1)") as (
-        process,
-        url,
-    ):
+    settings = "engine.supervisor.count_as = lambda place: None if place else os._exit(1)"
+    with launched_with(models, settings) as (process, url):
         seen = set()
         poll(lambda: seen.update(children(process)) or len(seen) > 3, "new workers")
         begun, before = time.monotonic(), len(seen)
@@ -152,8 +166,8 @@ def test_a_worker_that_dies_at_once_is_not_started_without_a_pause(models):
 
 
 def test_a_stopped_worker_is_replaced(models):
-    with launched_with(models, "engine.server.PATIENCE = 2") as (process, url):
-        stopped, other = poll(lambda: len(children(process)) == 2 and children(process), "both workers")
+    with launched_with(models, "engine.supervisor.PATIENCE = 2") as (process, url):
+        stopped, other = both_workers(process)
         os.kill(stopped, signal.SIGSTOP)
         poll(lambda: len(set(children(process)) - {stopped}) == 2, "a new worker")
         assert other in children(process)
@@ -163,8 +177,8 @@ def test_a_stopped_worker_is_replaced(models):
 
 
 def test_workers_that_were_stopped_with_their_parent_live_on(models):
-    with launched_with(models, "engine.server.PATIENCE = 2") as (process, url):
-        workers = children(process)
+    with launched_with(models, "engine.supervisor.PATIENCE = 2") as (process, url):
+        workers = both_workers(process)
         os.killpg(process.pid, signal.SIGSTOP)
         begun = time.monotonic()
         poll(lambda: time.monotonic() > begun + 3, "longer than a silent worker may live")
@@ -172,7 +186,7 @@ def test_workers_that_were_stopped_with_their_parent_live_on(models):
         before = time.monotonic()
         while time.monotonic() < before + 1:
             assert score(url)
-        assert children(process) == workers
+        assert set(children(process)) == workers
 
 
 # A new model
@@ -182,11 +196,8 @@ def test_workers_that_were_stopped_with_their_parent_live_on(models):
 def test_a_new_model_is_taken_on_without_a_lost_request(models, keep_alive):
     with launched_with(models) as (process, url), clients(url, keep_alive) as (statuses, errors):
         for name in ("second", "third"):
-            workers, before = set(children(process)), len(statuses)
             change_card(models, name=name)
-            process.send_signal(signal.SIGHUP)
-            poll(lambda: not workers & set(children(process)), "the old workers to end")
-            poll(lambda: len(statuses) > before + 100 or errors, "answers")
+            reload(process)
             assert requests.get(f"{url}/health", timeout=5).json()["model"] == name
             exposition = requests.get(f"{url}/metrics", timeout=5).text
             assert exposition.count("spam_model_info{") == 1
@@ -198,14 +209,14 @@ def test_a_new_model_is_taken_on_without_a_lost_request(models, keep_alive):
 
 def test_a_bad_model_is_refused_and_the_old_one_goes_on(models):
     with launched_with(models) as (process, url):
-        workers = children(process)
+        workers = both_workers(process)
         change_card(models, sha256="0")
         process.send_signal(signal.SIGHUP)
         assert process.stdout.readline().startswith("Serving on")
         refusal = process.stdout.readline()
         assert refusal.startswith("The model in models/ is refused, the old one goes on: ")
         assert refusal.endswith("run train.ipynb again, or restore both\n")
-        assert children(process) == workers
+        assert set(children(process)) == workers
         assert score(url)
         assert read_log(process) == ""
 
@@ -213,7 +224,7 @@ def test_a_bad_model_is_refused_and_the_old_one_goes_on(models):
 def test_another_pickle_is_refused_at_start(models):
     content = pickle.dumps({"not": "a model"})
     (models / "best_model.joblib").write_bytes(content)
-    change_card(models, sha256=__import__("hashlib").sha256(content).hexdigest())
+    change_card(models, sha256=hashlib.sha256(content).hexdigest())
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(settings="")],
         env={**os.environ, "MODELS": str(models)},
@@ -224,6 +235,17 @@ def test_another_pickle_is_refused_at_start(models):
     assert done.returncode == 1
     assert "does not hold a model" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# Connections
+
+
+def test_idle_connections_keep_nobody_out(models):
+    with launched_with(models, "engine.supervisor.IDLE = 2", WORKERS="1") as (_, url), contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        idle = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(1200)]
+        assert score(url)
+        assert idle[0].recv(1) == idle[-1].recv(1) == b""  # the server hangs up
 
 
 # The end
@@ -311,10 +333,7 @@ def test_a_full_disk_at_start_stops_the_counts_and_not_the_service(small_disk):
 def test_a_disk_that_is_full_later_stops_nothing(small_disk):
     with launched(WORKERS="2", PROMETHEUS_MULTIPROC_DIR=str(small_disk)) as (process, url):
         fill(small_disk)
-        lost = set(children(process))
-        for worker in lost:
-            os.kill(worker, signal.SIGKILL)
-        poll(lambda: len(set(children(process)) - lost) == 2, "new workers")
+        kill_workers(process)
         for path in ("/", "/docs", "/health", "/made/up"):
             requests.get(f"{url}{path}", timeout=5)
         for _ in range(10):
