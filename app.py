@@ -1,7 +1,8 @@
 """Serve the trained model over HTTP: JSON for programs, metrics for operators, a page for people.
 
 `python app.py` runs a production server; HOST, PORT and WORKERS in the environment set its address (0.0.0.0
-for all interfaces), its port and its number of processes. `flask --app app run` runs Flask's own server.
+for all interfaces), its port and its number of processes, and SIGHUP has it load the model that lies in models/ by
+then. `flask --app app run` runs Flask's own server.
 
 The production server waits for the body of a request as long as its client likes. On the open internet it
 belongs behind a proxy that limits that time, or stalled clients, 256 for each worker, keep everyone else out.

@@ -14,7 +14,7 @@ from typing import Any
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 FOLDER = "spam-metrics-"  # in /dev/shm; then the process id of the server, and something random
-SIZE = 1 << 18  # bytes of a file of counts, more than all that can be counted takes
+SIZES = {"counter": 1 << 19, "histogram": 1 << 17}  # bytes of files, more than all that can be counted takes
 
 _process = "parent"  # whose files this process counts into
 _stopped = False
@@ -70,9 +70,9 @@ def _reserve(folder: str, process: int | str) -> None:
     Raises:
         OSError: there is none.
     """
-    for kind in ("counter", "histogram"):
+    for kind, size in SIZES.items():
         with open(Path(folder, f"{kind}_{process}.db"), "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, SIZE)
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _stop(error: OSError) -> None:

@@ -26,6 +26,7 @@ SPAM = [
     "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",
     "Txt STOP to end. Your mobile was awarded a FREE Nokia, reply WIN to 80182, 150p per msg",
 ]
+UNFINISHED = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 HAM = [
     "Sorry, I'll call you later, I'm in a meeting",
     "ok see you at home, do you need me to get some milk?",

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import HAM, ROOT, SPAM, answers, children, end, launched, metric_folders, poll
+from helpers import HAM, ROOT, SPAM, UNFINISHED, answers, children, end, launched, metric_folders, poll
 
 SPAM, HAM = SPAM[0], HAM[0]
-UNFINISHED = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 
 
 def accepts_connections(url: str) -> bool:
@@ -136,20 +135,6 @@ app.serve(functools.cache(lambda: app.create_app(Held(), card)))
         thread.join()
     assert answers_got == [{"prediction": True, "propensity": 0.75, "threshold": 0.5}]
     assert process.returncode == 0, log
-
-
-def test_a_stalled_client_does_not_hold_up_the_end():
-    with launched(WORKERS="1") as (process, url):
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled:
-            stalled.sendall(UNFINISHED)
-            assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
-            begun = time.monotonic()
-            process.terminate()
-            process.wait(timeout=30)
-            # A slow batch that the server has yet to answer is given 8 s, and it cannot tell the two apart.
-            assert 8 < time.monotonic() - begun < 12
-        assert process.returncode == 0
-        assert not metric_folders(process)
 
 
 def test_a_lost_worker_is_replaced():

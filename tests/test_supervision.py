@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import HAM, answers, children, counted, free_port, launched, metric_folders, poll
+from helpers import HAM, UNFINISHED, answers, children, counted, free_port, launched, metric_folders, poll
 
 from engine.saved import MODEL_PATH
 
@@ -262,6 +262,19 @@ def test_ready_turns_first(models):
         assert requests.get(f"{url}/health/live", timeout=5).json() == {"status": "ok"}
         assert score(url)
         assert process.wait(timeout=10) == 0
+
+
+def test_a_stalled_client_does_not_hold_up_the_end(models):
+    with launched_with(models, "engine.supervisor.DRAIN = 2", WORKERS="1") as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled:
+            stalled.sendall(UNFINISHED)
+            assert score(url)
+            begun = time.monotonic()
+            process.terminate()
+            assert process.wait(timeout=30) == 0
+            # A request that the server has yet to answer is given that time, and it cannot tell the two apart.
+            assert 3 <= time.monotonic() - begun < 8
+        assert not metric_folders(process)
 
 
 def test_ctrl_c_in_a_terminal_is_a_quick_end():
