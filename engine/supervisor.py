@@ -84,7 +84,7 @@ class Supervisor(Granian):
         super().signal_handler_interrupt()
 
     def _spawn_worker(self, idx, target, callback_loader):
-        taken = {worker.place for worker in [*self.wrks, *self.leaving] if worker.is_alive()}
+        taken = {worker.place for worker in [*self.wrks[:idx], *self.wrks[idx + 1 :], *self.leaving]}
         place = next(place for place in range(2 * self.workers) if place not in taken)
         self._shd = SocketHolder(self.sockets[idx].fileno(), False, BACKLOG)
         begin = partial(_begin, place, os.getpid(), self.sockets, idx, self.app)
@@ -148,8 +148,8 @@ class Supervisor(Granian):
             return
         gc.collect()  # the old one, which otherwise stays for long
         for idx, worker in enumerate(list(self.wrks)):
-            self._start(idx, target)
             self._dismiss(worker, CLOSED)
+            self._start(idx, target)
 
     def _dismiss(self, worker, state):
         """Give a worker notice, then time for what it has in hand, then an end."""

@@ -207,6 +207,18 @@ def test_a_new_model_is_taken_on_without_a_lost_request(models, keep_alive):
         poll(lambda: counted(requests.get(f"{url}/metrics", timeout=5).text, COUNTED) >= answered, "all to be counted")
 
 
+def test_a_new_model_comes_with_a_worker_for_one_that_is_lost(models):
+    with launched_with(models, "engine.supervisor.RETRY = 3600") as (process, url):
+        old = both_workers(process)
+        os.kill(min(old), signal.SIGKILL)
+        poll(lambda: len(children(process)) == 1, "the loss")
+        process.send_signal(signal.SIGHUP)
+        poll(lambda: not old & set(children(process)), "the old workers to end")
+        assert len(children(process)) == 2
+        for _ in range(20):  # by either of the new ones
+            assert score(url)
+
+
 def test_a_bad_model_is_refused_and_the_old_one_goes_on(models):
     with launched_with(models) as (process, url):
         workers = both_workers(process)
