@@ -1,15 +1,13 @@
 """Serve the trained model over HTTP: JSON for programs, metrics for operators, a page for people.
 
 `python app.py` runs a production server; HOST, PORT and WORKERS in the environment set its address (0.0.0.0
-for all interfaces), its port and its number of processes, and EXPLAIN=off turns /explain off.
-`flask --app app run` runs Flask's own server.
+for all interfaces), its port and its number of processes, and EXPLAIN=off turns /explain off. SIGHUP has it load
+the model that lies in models/ by then. `flask --app app run` runs Flask's own server.
 
-The production server waits for the body of a request as long as its client likes. On the open internet it
-belongs behind a proxy that limits that time, or stalled clients, 256 for each worker, keep everyone else out.
+The production server waits for the body of a request as long as its client likes. On an open network it belongs
+behind a proxy that limits that time, as docs/nginx.conf does.
 """
 
-import os
-from functools import cache
 from typing import Any
 
 from flask import Flask, abort
@@ -19,9 +17,9 @@ from engine.answers import HEADERS, prepare_answers
 from engine.fields import LARGEST_BATCH_BODY, SMALL_BODY, parse_fields, parse_json, read_batch, read_body, read_message
 from engine.metrics import CountRequests, Metrics
 from engine.pages import make_pages
-from engine.server import serve
+from engine.server import read_switch, serve
 from engine.shortcut import Shortcut
-from engine.work import Queue, favour_light_work
+from engine.work import Queue
 from score import explain, load_card, load_model, score, score_batch
 
 PART = 10  # texts of a batch, after which it is seen whether their answer is still in time
@@ -103,23 +101,7 @@ def create_app(
     return app
 
 
-def read_switch(name: str) -> bool:
-    """Return whether something is on in the environment, as it is by default."""
-    value = os.environ.get(name) or "on"
-    if value not in ("on", "off"):
-        raise ValueError(f"{name} must be on or off, not {value!r}")
-    return value == "on"
-
-
-@cache
-def load_app() -> Flask:
-    """Return this process's application with the saved model."""
-    app = create_app()
-    favour_light_work()
-    return app
-
-
 if __name__ == "__main__":
-    serve(load_app)
+    serve(create_app)
 else:
-    app = load_app()
+    app = create_app()

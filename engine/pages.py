@@ -1,12 +1,13 @@
-"""What can be read of the service: its page, its metrics, and the description of its interface."""
+"""What can be read of the service: its page, its metrics, its health, and the description of its interface."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from flask import Blueprint, Response, render_template
+from flask import Blueprint, Response, abort, render_template
 
 from engine.metrics import Metrics
+from engine.supervisor import draining
 
 SPECIFICATION = Path(__file__).resolve().parents[1] / "static" / "openapi.json"
 
@@ -25,6 +26,16 @@ def make_pages(card: dict[str, Any], metrics: Metrics, explains: bool) -> Bluepr
     @pages.get("/")
     def index() -> str:
         return render_template("index.html", card=card, explains=explains)
+
+    @pages.get("/health/live")
+    def live() -> dict[str, Any]:
+        return {"status": "ok"}
+
+    @pages.get("/health/ready")
+    def ready() -> dict[str, Any]:
+        if draining():
+            abort(503, "the service is about to end: send requests to another")
+        return {"status": "ok"}
 
     @pages.get("/metrics")
     def expose_metrics() -> Response:

@@ -74,7 +74,8 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
 
     Raises:
         FileNotFoundError: the model or its card is missing.
-        ValueError: the file is not the one of the card, or is from another version of scikit-learn.
+        ValueError: the file is not the one of the card, is from another version of scikit-learn, or holds no model
+            that tells two classes of texts apart.
     """
     path = Path(path)
     card = load_card(path)
@@ -90,7 +91,14 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
             f"{path} was saved with scikit-learn {saved_with}, but {sklearn.__version__} is installed: "
             "run pip install -r requirements.txt"
         )
-    return joblib.load(io.BytesIO(content))
+    try:
+        model = joblib.load(io.BytesIO(content))
+        two_classes = model.predict_proba([""]).shape == (1, 2)
+    except Exception:  # whatever a file may hold that somebody took for a model
+        two_classes = False
+    if not two_classes:
+        raise ValueError(f"{path} does not hold a model that tells spam from ham: run train.ipynb again, or restore it")
+    return model
 
 
 def save_model(model: BaseEstimator, card: dict[str, Any], path: str | Path, texts: list[str]) -> bool:

@@ -1,11 +1,12 @@
-"""The production server: as many processes as there are cores, one port, an end that loses no request."""
+"""The production server: one port, and as many processes as there are cores."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import joblib
@@ -13,7 +14,10 @@ from granian import Granian
 from granian.constants import Interfaces
 from granian.log import LogLevels
 
-THREADS = 256  # of each worker: a slow client occupies one until its request has come in
+from engine.metrics import count_together
+from engine.supervisor import BACKLOG, DRAIN, THREADS, Supervisor
+
+LINUX = sys.platform == "linux"
 
 
 def serve(load: Callable[[], Any]) -> None:
@@ -23,39 +27,45 @@ def serve(load: Callable[[], Any]) -> None:
     cannot serve, the program ends with one sentence that says why.
 
     Args:
-        load: returns the application of a process, the same one whenever it is called again. It is called
-            once before the workers fork, so that they share its memory.
+        load: returns a new application. It is called before the workers fork, so that they share its memory, and
+            again at SIGHUP; where that fails, the workers keep the application they have.
     """
     for early in (signal.SIGINT, signal.SIGTERM):  # until the server takes them over
         signal.signal(early, lambda *_: sys.exit())
     host = os.environ.get("HOST") or "127.0.0.1"
     try:
         port, workers = read_environment("PORT", 5000), read_environment("WORKERS", joblib.cpu_count())
-        # Each request counts into this folder, and the other folders of a container may be read-only.
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix=f"spam-metrics-{os.getpid()}-", dir=memory) as counts:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
-            load()
-            # The server shares its port with whoever else has it, so nobody else may; and it takes no names.
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            with socket.create_server((host, port), family=family) as probe:
-                address = probe.getsockname()[0]
-            shown = f"[{address}]" if family == socket.AF_INET6 else address
-            print(f"Serving on http://{shown}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
-            Granian(
-                "app",
-                address=address,
-                port=port,
-                interface=Interfaces.WSGI,
-                workers=workers,
-                blocking_threads=THREADS,
-                respawn_failed_workers=True,
-                # Seconds: the largest legal batch takes one, and some clients never send the rest of theirs.
-                workers_kill_timeout=5,
-                log_level=LogLevels.error,
-            ).serve(target_loader=load, wrap_loader=False)
+        if not LINUX:
+            serve_alone(load, host, port)
+            return
+        multiprocessing.set_start_method("fork", force=True)
+        with count_together(2 * workers):  # each may have its successor beside it
+            app = load()
+            address, sockets = listen(host, port, workers)
+            print(f"Serving on http://{address}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
+            Supervisor(sockets, load, app).serve()
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"Cannot serve on {host}: {error}")
+
+
+def serve_alone(load: Callable[[], Any], host: str, port: int) -> None:
+    """Serve by one process that nobody watches over: all else takes Linux, but a laptop should do to try it."""
+    load()  # what is wrong is said here, and not by a process that granian starts
+    print(f"Serving on http://{host}:{port} without supervision, which takes Linux; Ctrl-C to stop", flush=True)
+    options = {"blocking_threads": THREADS, "workers_kill_timeout": DRAIN, "log_level": LogLevels.error}
+    Granian("app", host, port, interface=Interfaces.WSGI, **options).serve(target_loader=load, wrap_loader=False)
+
+
+def read_switch(name: str) -> bool:
+    """Return whether something is on in the environment, as it is by default.
+
+    Raises:
+        ValueError: it is neither on nor off.
+    """
+    value = os.environ.get(name) or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"{name} must be on or off, not {value!r}")
+    return value == "on"
 
 
 def read_environment(name: str, default: int) -> int:
@@ -68,3 +78,22 @@ def read_environment(name: str, default: int) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{name} must be a positive whole number, not {value!r}")
     return int(value)
+
+
+def listen(host: str, port: int, number: int) -> tuple[str, list[socket.socket]]:
+    """Listen to a port by several sockets, among which the kernel spreads new connections.
+
+    Returns:
+        The address, as it is written in a URL, and the sockets.
+
+    Raises:
+        OSError, OverflowError: the address cannot be had, or another program has the port.
+    """
+    v6 = ":" in host
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    # Whoever has all addresses of IPv6 has those of IPv4.
+    bind = partial(socket.create_server, family=family, backlog=BACKLOG, dualstack_ipv6=v6)
+    with bind((host, port)) as alone:  # sockets that share a port share it with other programs too
+        address = alone.getsockname()[0]
+    sockets = [bind((address, port), reuse_port=True) for _ in range(number)]
+    return f"[{address}]" if v6 else address, sockets

@@ -83,7 +83,7 @@ def give_way() -> None:
 
 
 def favour_light_work() -> None:
-    """Let light requests of this process in between heavy ones; to be called when the model is loaded.
+    """Let light requests of this process in between heavy ones; to be called by a worker when it begins.
 
     What is loaded by then is left out of garbage collections, each of which would stop all requests for as long as
     it takes to look at every object of every library.

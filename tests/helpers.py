@@ -26,6 +26,7 @@ SPAM = [
     "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",
     "Txt STOP to end. Your mobile was awarded a FREE Nokia, reply WIN to 80182, 150p per msg",
 ]
+UNFINISHED = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 HAM = [
     "Sorry, I'll call you later, I'm in a meeting",
     "ok see you at home, do you need me to get some milk?",
@@ -77,11 +78,11 @@ def launched(
         seconds: how long it may take to answer.
         environment: variables that it gets besides those of this process.
     """
-    port = free_port()
+    port = environment.setdefault("PORT", str(free_port()))
     process = subprocess.Popen(
-        [part.replace("{port}", str(port)) for part in command or (sys.executable, str(ROOT / "app.py"))],
+        [part.replace("{port}", port) for part in command or (sys.executable, str(ROOT / "app.py"))],
         cwd=ROOT,
-        env={**os.environ, "PORT": str(port), **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -113,6 +114,11 @@ def end(process: subprocess.Popen) -> None:
 def metric_folders(process: subprocess.Popen) -> list[Path]:
     """Return the folders that a server counts into."""
     return list(Path("/dev/shm").glob(f"spam-metrics-{process.pid}-*"))
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Return the process ids of the workers of a server."""
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def counted(exposition: str, sample: str) -> float:

@@ -1,8 +1,11 @@
 """engine/metrics.py: what is counted, and that workers count together."""
 
+import subprocess
+import sys
+
 import pytest
 import requests
-from helpers import HAM, LengthModel, counted, launched, stub_card
+from helpers import HAM, ROOT, LengthModel, counted, launched, stub_card
 
 from app import create_app
 
@@ -46,3 +49,27 @@ def test_workers_count_together():
             assert requests.post(f"{url}/score", json={"text": HAM[0]}, timeout=5).ok
         for _ in range(6):
             assert counted(requests.get(f"{url}/metrics", timeout=5).text, sample) == 40
+
+
+def test_the_files_are_large_enough_for_all_that_can_be_counted():
+    # A file that grew would grow without the space for it.
+    program = """
+import os, pathlib, app
+from engine.metrics import METHODS, SIZES, Metrics, count_together
+paths = [rule.rule for rule in app.app.url_map.iter_rules()] + ["other"]
+with count_together(1):
+    metrics = Metrics({"name": "stub", "sha256": "0"})
+    for path in paths:
+        metrics.seconds(path)
+        for method in [*METHODS, "other"]:
+            for status in range(400, 420):  # more than there are in use
+                metrics.requests(method, path, str(status))
+    for file in pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).iterdir():
+        assert file.stat().st_size == SIZES[file.name.split("_")[0]], file
+        print(file.name)
+"""
+    # The program imports the library before there is a folder, which serve() does not.
+    program = program.replace("paths = [", "import prometheus_client.values\npaths = [")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["counter_0.db", "counter_parent.db", "histogram_0.db", "histogram_parent.db"]

@@ -1,5 +1,6 @@
 """Tests of engine/saved.py: a model is loaded only with its card, and only in the version that wrote it."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -9,6 +10,9 @@ import joblib
 import numpy as np
 import pytest
 from helpers import SPAM
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from engine.saved import MODEL_PATH
 from score import load_card, load_model, score
@@ -65,6 +69,30 @@ def test_load_model_runs_no_code_of_another_file(saved, tmp_path):
     assert not trace.exists()
     joblib.load(saved)
     assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"not": "a model"},
+        LinearRegression().fit([[0], [1]], [0, 1]),
+        LogisticRegression().fit([[0], [1]], [0, 1]),  # of numbers, not of texts
+        make_pipeline(CountVectorizer(), LogisticRegression()).fit(["a cat", "a dog", "a cow"], [0, 1, 2]),
+        make_pipeline(CountVectorizer(), LogisticRegression()),  # not fitted
+    ],
+)
+def test_load_model_of_another_kind(saved, content):
+    joblib.dump(content, saved)
+    write_card(saved, sha256=hashlib.sha256(saved.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="does not hold a model that tells spam from ham"):
+        load_model(saved)
+
+
+def test_load_model_of_no_pickle(saved):
+    saved.write_bytes(b"no pickle")
+    write_card(saved, sha256=hashlib.sha256(b"no pickle").hexdigest())
+    with pytest.raises(ValueError, match="does not hold a model that tells spam from ham"):
+        load_model(saved)
 
 
 def test_load_model_of_another_version(saved):
