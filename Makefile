@@ -48,8 +48,8 @@ style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
-check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser or proxy
-	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy)"
+check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy or fault
+	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault)"
 
 test: style .venv/requirements-transfer.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt

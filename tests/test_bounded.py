@@ -4,6 +4,8 @@ import contextlib
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pytest
-from helpers import HAM, LengthModel, launched, stub_card
+from helpers import HAM, ROOT, LengthModel, launched, stub_card
 from sklearn.base import BaseEstimator
 from werkzeug.test import encode_multipart
 
@@ -310,3 +312,17 @@ def test_a_switch_is_on_or_off(monkeypatch, value):
     monkeypatch.setenv("EXPLAIN", value)
     with pytest.raises(ValueError, match=f"EXPLAIN must be on or off, not '{value}'"):
         create_app(LengthModel(), stub_card())
+
+
+def test_the_oldest_objects_are_never_collected_in_a_worker():
+    """A full collection would stop all requests for as long as it takes to look at every remembered word."""
+    program = """
+import gc
+from engine.work import favour_light_work
+favour_light_work()
+before = gc.get_stats()[2]["collections"]
+remembered = [[] for _ in range(10**6)]
+print(gc.get_stats()[2]["collections"] - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"

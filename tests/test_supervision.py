@@ -20,6 +20,8 @@ from helpers import HAM, UNFINISHED, answers, children, counted, free_port, laun
 
 from engine.saved import MODEL_PATH
 
+pytestmark = pytest.mark.fault
+
 HAM = HAM[0]
 COUNTED = 'http_requests_total{method="POST",path="/score",status="200"}'
 # `python app.py`, for the model in the folder of $MODELS and with other constants of the supervisor.
