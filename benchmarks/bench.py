@@ -96,6 +96,23 @@ def read_messages(count: int) -> list[str]:
     return [" ".join(respell(word) for word in examples[i % len(examples)].split(" ")) for i in range(count)]
 
 
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a program that was started in a session of its own, and what it leaves behind."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @contextmanager
 def running(service: Service, message: str, expected: float | None, folder: Path) -> Iterator[tuple[str, int]]:
     """Start a service, yield its address and process id once it answers as expected, and end it.
@@ -106,9 +123,7 @@ def running(service: Service, message: str, expected: float | None, folder: Path
         expected: the propensity of the message, which the answer must hold; None if it need not.
         folder: where its log goes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}{service.path}"
     command = [part.format(port=port, python=sys.executable) for part in service.command]
     environment = {

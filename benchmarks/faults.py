@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bench import ROOT, Service, running
+from benchmarks.bench import ROOT, Service, end, free_port, running
 from benchmarks.floods import FLOODS, HOST, PATIENCE, Target, Watch, Watched, ask, flooded, request
-from benchmarks.proxy import find_nginx, free_port, proxied
+from benchmarks.proxy import find_nginx, proxied
 
 GOES_ON = 20  # seconds, in which the service must be what it was before
 FLOOD_SECONDS = 8
@@ -98,12 +98,7 @@ def started(port: int, log: Path, *command: str) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         for left in metric_folders(process.pid):
             shutil.rmtree(left)
 

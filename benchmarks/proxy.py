@@ -3,23 +3,14 @@
 import getpass
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.bench import ROOT
+from benchmarks.bench import ROOT, end, free_port
 from benchmarks.floods import HOST, Target
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def find_nginx() -> str | None:
@@ -80,9 +71,4 @@ def proxied(service: Target, folder: Path) -> Iterator[Target]:
             time.sleep(0.02)
         yield target
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)

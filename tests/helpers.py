@@ -111,6 +111,26 @@ def end(process: subprocess.Popen) -> None:
         shutil.rmtree(folder)
 
 
+def assert_refuses_to_serve(message: str, *command: str, **environment: str) -> None:
+    """Check that a server, by default `python app.py`, ends at once with one line that holds a message."""
+    process = subprocess.Popen(
+        command or [sys.executable, ROOT / "app.py"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log, _ = process.communicate(timeout=30)
+    finally:
+        end(process)
+    assert process.returncode == 1
+    assert log.startswith("Cannot serve")
+    assert message in log
+    assert log.count("\n") == 1, log
+
+
 def metric_folders(process: subprocess.Popen) -> list[Path]:
     """Return the folders that a server counts into."""
     return list(Path("/dev/shm").glob(f"spam-metrics-{process.pid}-*"))

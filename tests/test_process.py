@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import HAM, ROOT, SPAM, UNFINISHED, answers, children, end, launched, metric_folders, poll
+from helpers import (
+    HAM,
+    SPAM,
+    UNFINISHED,
+    answers,
+    assert_refuses_to_serve,
+    children,
+    launched,
+    metric_folders,
+    poll,
+)
 
 SPAM, HAM = SPAM[0], HAM[0]
 
@@ -144,26 +154,6 @@ def test_a_lost_worker_is_replaced():
         poll(lambda: len(set(children(process)) - {lost}) == 2, "a new worker")
         poll(lambda: answers(url), "the server to answer")
         assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
-
-
-def assert_refuses_to_serve(message, **environment):
-    """Check that the server ends at once with a message and no stack trace."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "app.py"],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        log, _ = process.communicate(timeout=30)
-    finally:
-        end(process)
-    assert process.returncode == 1
-    assert log.startswith("Cannot serve")
-    assert message in log
-    assert "Traceback" not in log
 
 
 def test_a_port_in_use_is_refused(server):

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import HAM, UNFINISHED, answers, children, counted, free_port, launched, metric_folders, poll
+from helpers import (
+    HAM,
+    UNFINISHED,
+    answers,
+    assert_refuses_to_serve,
+    children,
+    counted,
+    free_port,
+    launched,
+    metric_folders,
+    poll,
+)
 
 from engine.saved import MODEL_PATH
 
@@ -248,16 +259,8 @@ def test_another_pickle_is_refused_at_start(models):
     content = pickle.dumps({"not": "a model"})
     (models / "best_model.joblib").write_bytes(content)
     change_card(models, sha256=hashlib.sha256(content).hexdigest())
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(settings="")],
-        env={**os.environ, "MODELS": str(models)},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert done.returncode == 1
-    assert "does not hold a model" in done.stderr
-    assert done.stderr.count("\n") == 1
+    program = PROGRAM.format(settings="")
+    assert_refuses_to_serve("does not hold a model", sys.executable, "-c", program, MODELS=str(models))
 
 
 # Connections
@@ -318,16 +321,8 @@ def test_a_port_that_another_has_on_all_addresses_is_refused(taken, host):
     v6 = taken == "::"
     family = socket.AF_INET6 if v6 else socket.AF_INET
     with socket.create_server((taken, 0), family=family, dualstack_ipv6=v6, reuse_port=True) as other:
-        done = subprocess.run(
-            [sys.executable, str(MODEL_PATH.parents[1] / "app.py")],
-            env={**os.environ, "HOST": host, "PORT": str(other.getsockname()[1]), "WORKERS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    assert done.returncode == 1
-    assert "Address already in use" in done.stderr
-    assert done.stderr.count("\n") == 1
+        port = str(other.getsockname()[1])
+        assert_refuses_to_serve("Address already in use", HOST=host, PORT=port, WORKERS="1")
 
 
 # The folder of counts
