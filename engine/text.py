@@ -18,6 +18,8 @@ JOINER = "\u034f"
 # Such a run may consist of marks that combine; word characters do not, but for two of Japanese.
 RUN = re.compile("(?:[^\\w\\s]|[\uff9e\uff9f]){30}")
 LONG = 1000  # characters
+# Cut, where it can be, before what combines with nothing before it.
+PIECE = re.compile(f".{{1,{LONG}}}(?![\u1160-\u11ff\uff9e-\uffdc])(?=[\\w\\s{JOINER}]|\\Z)|.{{1,{LONG}}}", re.DOTALL)
 MARK = "<#>"
 DIGIT = re.compile(r"\d")
 # What is normalised on its own: the mark, an entity, or a character with the marks that combine with it.
@@ -31,9 +33,14 @@ def normalise(text: str) -> str:
     if text.isascii() and "&" not in text and MARK not in text:  # most are, and are so already
         return text
     text = html.unescape(text)
-    if len(text) > LONG:  # marks are sorted in a time that grows with the square of their number, unless cut in runs
+    if len(text) <= LONG:
+        text = unicodedata.normalize("NFKC", text)
+    else:
+        # Marks are sorted in a time that grows with the square of their number, unless cut in runs.
         text = RUN.sub(rf"\g<0>{JOINER}", text)
-    return INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).replace(MARK, " ")
+        # Piece by piece, as the whole of a text of ligatures would keep the interpreter for 10 ms.
+        text = "".join(unicodedata.normalize("NFKC", piece) for piece in PIECE.findall(text))
+    return INVISIBLE.sub("", text).replace(MARK, " ")
 
 
 def plain(text: str) -> str:
