@@ -2,7 +2,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
 UV_VERSION := 0.13.9
-REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt benchmarks/requirements.txt
+REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt requirements-operations.txt benchmarks/requirements.txt
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --constraint requirements.lock
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False
 SHELL := bash
