@@ -8,6 +8,7 @@ The production server waits for the body of a request as long as its client like
 behind a proxy that limits that time, as docs/nginx.conf does.
 """
 
+from collections.abc import Callable
 from json import JSONEncoder
 from typing import Any
 
@@ -27,7 +28,10 @@ PART = 10  # texts of a batch, after which it is seen whether their answer is st
 
 
 def create_app(
-    model: BaseEstimator | None = None, card: dict[str, Any] | None = None, explains: bool | None = None
+    model: BaseEstimator | None = None,
+    card: dict[str, Any] | None = None,
+    explains: bool | None = None,
+    record: Callable[[dict, list[str], list[tuple[bool, float]], float], list[str]] | None = None,
 ) -> Flask:
     """Make the web application.
 
@@ -36,6 +40,8 @@ def create_app(
         card: its `name`, `sha256`, default `threshold` and `operating_points` (what share of spam each threshold
             catches and of ham it takes down, by source); the saved one if None.
         explains: whether /explain answers; if None, unless EXPLAIN in the environment is off.
+        record: is told the fields of each request to score, its texts, their predictions and propensities, and the
+            threshold; returns a name for each text, which its answer then holds as `id`.
 
     Raises:
         FileNotFoundError, ValueError: the saved model cannot be loaded, or EXPLAIN is neither on nor off.
@@ -55,7 +61,10 @@ def create_app(
         text, threshold = read_message(fields, card["threshold"])
         prediction, propensity = score(text, model, threshold)
         metrics.scored([(prediction, propensity)])
-        return {"prediction": prediction, "propensity": propensity, "threshold": threshold}
+        answer = {"prediction": prediction, "propensity": propensity, "threshold": threshold}
+        if record:
+            [answer["id"]] = record(fields, [text], [(prediction, propensity)], threshold)
+        return answer
 
     def score_texts(body: bytes) -> dict[str, Any]:
         fields, results = parse_fields(body), []
@@ -65,6 +74,9 @@ def create_app(
             results += score_batch(texts[i : i + PART], model, threshold)
         metrics.scored(results)
         answers = [{"prediction": prediction, "propensity": propensity} for prediction, propensity in results]
+        if record:
+            for answer, name in zip(answers, record(fields, texts, results, threshold), strict=True):
+                answer["id"] = name
         return {"results": answers, "threshold": threshold}
 
     def explain_text(body: bytes) -> Response:
