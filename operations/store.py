@@ -99,12 +99,6 @@ spool = sa.Table(
     sa.Column("file", sa.String(60), primary_key=True),
     sa.Column("offset", sa.BigInteger, nullable=False),  # bytes of the file that are stored
 )
-cursors = sa.Table(
-    "cursors",
-    metadata,
-    sa.Column("name", sa.String(20), primary_key=True),
-    sa.Column("position", sa.BigInteger, nullable=False),  # a message: all before it are done
-)
 
 
 def now() -> int:
@@ -142,6 +136,8 @@ def day_tables(day: str) -> tuple[sa.Table, sa.Table]:
         sa.Column("action", sa.String(10)),  # deliver, label or take down; none yet
         sqlite_with_rowid=False,
     )
+    to_do = scores.c.action.is_(None) & ~scores.c.shadow
+    sa.Index(f"to_do_{day}", scores.c.message, sqlite_where=to_do, postgresql_where=to_do)
     return messages, scores
 
 

@@ -1,0 +1,275 @@
+"""From the service to its store: files of scores that the workers append to and one program moves.
+
+A request waits for no database. A worker appends a line for each score to a file of its own, which outlives the
+worker; `python -m operations.spool` moves the lines to the store, in batches, each in one transaction with the place
+in the file up to which it is stored. So whatever is killed, a score is stored once; while the store is away, the
+files grow, to a limit. They are not forced to the disk: a machine that loses its power may lose the last seconds.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import sqlalchemy as sa
+from flask import abort
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+
+from engine.experiment import assign
+from operations.store import STATE, WORKERS, insert, models, now, open_store, reader, register, spool
+from score import score
+
+LARGEST_FILE = 2**23  # bytes; then another one is begun
+LARGEST_PART = 2**19  # bytes that are stored at a time, about 2,500 scores
+LONGEST_NAME = 40  # characters, of a region
+LONGEST_ADDRESS = 100  # characters, of a sender or a recipient
+PAUSE = 0.2  # seconds between looking for new scores
+RETRY = 2  # seconds until a store that was away is tried again
+NICENESS = 10
+
+
+class Recorder:
+    """Records the scores of a worker; what `create_app` takes as `record`."""
+
+    def __init__(
+        self,
+        card: dict[str, Any],
+        params: dict[str, Any],
+        folder: Path = STATE / "spool",
+        key: bytes = b"",
+        shadow: tuple[Any, dict[str, Any]] | None = None,
+    ):
+        """Make a recorder, which opens its file in the process that first uses it.
+
+        Args:
+            card: of the model that is served.
+            params: the section `operations` of params.yaml.
+            folder: where the files go.
+            key: of the hashes of senders.
+            shadow: a candidate and its card: it scores a share of the messages too.
+        """
+        if shadow and shadow[1]["sha256"] == card["sha256"]:
+            shadow = None  # it has been promoted
+        self.header = {"card": card, "shadow": shadow and shadow[1]}
+        self.params, self.folder, self.key, self.shadow = params, folder, key, shadow
+        self.lock, self.process = threading.Lock(), None
+        self.slot = self.file = self.slot_file = None
+        self.last = self.size = self.lost = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(
+        self, fields: dict[str, Any], texts: Sequence[str], results: Sequence[tuple[bool, float]], threshold: float
+    ) -> list[str]:
+        """Record the scores of a request and return the names of its messages.
+
+        Args:
+            fields: of the request; `sender`, `recipient` and `region` may say more about its messages.
+            texts: the messages.
+            results: the prediction and the propensity of each.
+            threshold: that the predictions were made at.
+        """
+        sender, recipient = (_read(fields, name, LONGEST_ADDRESS) for name in ("sender", "recipient"))
+        region, keeps = _read(fields, "region", LONGEST_NAME), self.params["retention_days"] > 0
+        sender = sender and hashlib.blake2b(_bytes(sender), key=self.key, digest_size=8).hexdigest()
+        beside = [self._score_beside(text, i) for i, text in enumerate(texts)]
+        with self.lock:
+            if self.process != os.getpid():
+                self._begin()
+            numbers, lines = [], []
+            for text, (prediction, propensity), other in zip(texts, results, beside, strict=True):
+                self.last = number = max(now() * WORKERS + self.slot, self.last + WORKERS)
+                arm = assign(recipient or str(number), self.params["experiment"], self.params["shares"])
+                kept = text if keeps else None
+                numbers.append(str(number))
+                lines.append(json.dumps([number, sender, region, arm, kept, propensity, threshold, prediction, other]))
+            self._append("\n".join([*lines, ""]).encode(), len(lines))
+        return numbers
+
+    def _score_beside(self, text: str, i: int) -> float | None:
+        """Return the propensity that the candidate gives to a message, if it is among those that it scores."""
+        if not self.shadow or (now() + i) % 1000 >= 1000 * self.params["shadow_share"]:
+            return None
+        return score(text, self.shadow[0], self.shadow[1]["threshold"])[1]
+
+    def _begin(self) -> None:
+        """Take a number that no other process has; it is free again when this one ends."""
+        self.process, self.file = os.getpid(), None
+        for slot in range(WORKERS):
+            self.slot_file = open(self.folder / f"{slot:03}.lock", "wb")  # noqa: SIM115
+            if _lock(self.slot_file):
+                self.slot = slot
+                return
+        raise OSError(f"more than {WORKERS} processes record scores in {self.folder}")
+
+    def _append(self, lines: bytes, count: int) -> None:
+        """Append lines to the file, all or none; scores that cannot be recorded are counted, and scoring goes on."""
+        try:
+            if self.file is None or self.size > LARGEST_FILE:
+                self._open()
+            if os.write(self.file.fileno(), lines) < len(lines):
+                os.ftruncate(self.file.fileno(), self.size)
+                raise OSError("the disk is full")
+            self.size += len(lines)
+            if self.lost:
+                print(f"Scores are recorded again; {self.lost} were not.", file=sys.stderr, flush=True)
+                self.lost = 0
+        except OSError as error:
+            if not self.lost:
+                print(f"Scores are not recorded, but the service goes on: {error}.", file=sys.stderr, flush=True)
+            self.lost += count
+
+    def _open(self) -> None:
+        """Begin another file, unless there is too much on its way to the store already."""
+        if self.file:
+            self.file.close()
+            self.file = None
+        waiting = sum(path.stat().st_size for path in self.folder.glob("*.jsonl"))
+        if waiting >= self.params["spool_bytes"]:
+            raise OSError(f"{waiting} bytes wait for the store, which must have been away for long")
+        hidden = self.folder / f"{self.slot:03}.new"  # until it has a lock and a header
+        header = json.dumps(self.header).encode() + b"\n"
+        file = open(hidden, "wb", buffering=0)  # noqa: SIM115
+        if not _lock(file) or file.write(header) < len(header):
+            file.close()
+            raise OSError("the disk is full")
+        hidden.rename(self.folder / f"{now()}-{self.slot:03}.jsonl")
+        self.file, self.size = file, len(header)
+
+
+def _read(fields: dict[str, Any], name: str, longest: int) -> str | None:
+    """Return a field that says more about a message; 400 if it is no short string."""
+    value = fields.get(name)
+    if value is not None and not (isinstance(value, str) and len(value) <= longest):
+        abort(400, f"{name} must be a string of at most {longest} characters")
+    return value or None
+
+
+def _bytes(text: str) -> bytes:
+    """Return a text in UTF-8; halves of surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace")
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or its process ends; return whether no other process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# The other end
+
+
+def move(engine: sa.Engine, folder: Path = STATE / "spool") -> int:
+    """Store what the files hold and the store does not, and delete those that nothing will be added to.
+
+    Args:
+        engine: of the store.
+        folder: where the files are.
+
+    Returns:
+        How many lines were read.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the store cannot be written to; then the files stay.
+    """
+    return sum(_move_file(engine, path) for path in sorted(folder.glob("*.jsonl")))
+
+
+def _move_file(engine: sa.Engine, path: Path) -> int:
+    """Store what a file holds, and delete it if nothing will be added."""
+    count, here = 0, spool.c.file == path.name
+    with open(path, "rb") as file:
+        is_whole = _lock(file)
+        header = file.readline()
+        ids = _model_ids(engine, header)
+        with reader(engine).connect() as connection:
+            offset = connection.scalar(sa.select(spool.c.offset).where(here)) or len(header)
+        while True:
+            file.seek(offset)
+            part = file.read(LARGEST_PART)
+            part = part[: part.rfind(b"\n") + 1]
+            if not part:
+                break
+            rows = [row for line in part.splitlines() for row in _rows(line, ids, header)]
+            offset += len(part)
+            with engine.begin() as connection:
+                insert(connection, rows)
+                upsert = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(spool)
+                upsert = upsert.values(file=path.name, offset=offset)
+                connection.execute(upsert.on_conflict_do_update(index_elements=["file"], set_={"offset": offset}))
+            count += part.count(b"\n")
+        if is_whole:  # the file goes before its place does, or what it holds might be stored again
+            path.unlink()
+            with engine.begin() as connection:
+                connection.execute(spool.delete().where(here))
+    return count
+
+
+@lru_cache
+def _model_ids(engine: sa.Engine, header: bytes) -> tuple[int, int | None]:
+    """Return the numbers of the model and of the candidate that a file's header names."""
+    named = json.loads(header)
+    with reader(engine).connect() as connection:
+        serves = connection.scalar(sa.select(sa.exists().where(models.c.state == "serving")))
+    model, _ = register(engine, named["card"], "retired" if serves else "serving")
+    return model, register(engine, named["shadow"], "candidate")[0] if named["shadow"] else None
+
+
+@lru_cache
+def _shadow_threshold(header: bytes) -> float:
+    """Return the threshold of the candidate that a file's header names."""
+    return json.loads(header)["shadow"]["threshold"]
+
+
+def _rows(line: bytes, ids: tuple[int, int | None], header: bytes) -> list[dict[str, Any]]:
+    """Return the rows for the store that a line holds: the score, and that of the candidate."""
+    number, sender, region, arm, text, propensity, threshold, prediction, other = json.loads(line)
+    about = {"sender": sender and bytes.fromhex(sender), "region": _clean(region), "arm": arm, "text": _clean(text)}
+    score_ = {"message": number, "model": ids[0], "shadow": False, "propensity": propensity, "threshold": threshold}
+    rows = [{**about, **score_, "prediction": prediction}]
+    if other is not None:
+        threshold = _shadow_threshold(header)
+        decided = {"threshold": threshold, "prediction": threshold <= other and threshold < 1}
+        rows.append({"message": number, "model": ids[1], "shadow": True, "propensity": other, **decided})
+    return rows
+
+
+def _clean(text: str | None) -> str | None:
+    """Return a text without what PostgreSQL cannot hold: NUL, and halves of surrogate pairs."""
+    return text and _bytes(text).decode().replace("\0", "\ufffd")
+
+
+def main() -> None:
+    """Move scores to the store until SIGTERM, and then once more."""
+    os.nice(NICENESS)  # the service goes first
+    engine, ended, is_away = open_store(), threading.Event(), False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while True:
+        last = ended.is_set()
+        try:
+            moved, problem = move(engine), None
+        except DBAPIError as error:
+            moved, problem = 0, str(error.orig).strip().partition("\n")[0]
+        if bool(problem) != is_away:
+            is_away = bool(problem)
+            print(f"The store cannot be written to: {problem}." if problem else "The store is back.", flush=True)
+        if last:
+            break
+        if not moved:
+            ended.wait(RETRY if problem else PAUSE)
+    engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
