@@ -4,19 +4,15 @@
 without; who is in the arm without a filter gets everything. Each score is acted on once, whoever else runs this.
 """
 
-import signal
-import threading
 from collections import Counter
 
 import sqlalchemy as sa
 import yaml
-from sqlalchemy.exc import DBAPIError
 
-from operations.store import ROOT, day_tables, days, open_store, reader
+from operations.repeat import repeat
+from operations.store import ROOT, day_tables, days, reader
 
 BATCH = 5000  # scores of one transaction
-PAUSE = 0.2  # seconds between looking for new scores
-RETRY = 2  # seconds until a store that was away is tried again
 
 
 def act(engine: sa.Engine, label_from: float) -> Counter:
@@ -59,24 +55,6 @@ def _statement(day: str, label_from: float) -> sa.Update:
     return scores.update().where(chosen).values(action=action).returning(scores.c.action)
 
 
-def main() -> None:
-    """Act until SIGTERM, and say once a minute on how many messages."""
-    label_from = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]["label_from"]
-    engine, ended, is_away = open_store(), threading.Event(), False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.is_set():
-        try:
-            acted, problem = act(engine, label_from), None
-        except DBAPIError as error:
-            acted, problem = Counter(), str(error.orig).strip().partition("\n")[0]
-        if bool(problem) != is_away:
-            is_away = bool(problem)
-            print(f"The store cannot be written to: {problem}." if problem else "The store is back.", flush=True)
-        if not acted:
-            ended.wait(RETRY if problem else PAUSE)
-    engine.dispose()
-
-
 if __name__ == "__main__":
-    main()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
+    repeat(lambda engine: act(engine, params["label_from"]))

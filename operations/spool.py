@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
+import random
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,18 +21,16 @@ from typing import Any, BinaryIO
 import sqlalchemy as sa
 from flask import abort
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
 
 from engine.experiment import assign
-from operations.store import STATE, WORKERS, insert, models, now, open_store, reader, register, spool
+from operations.repeat import repeat
+from operations.store import STATE, WORKERS, insert, models, now, reader, register, spool
 from score import score
 
 LARGEST_FILE = 2**23  # bytes; then another one is begun
 LARGEST_PART = 2**19  # bytes that are stored at a time, about 2,500 scores
 LONGEST_NAME = 40  # characters, of a region
 LONGEST_ADDRESS = 100  # characters, of a sender or a recipient
-PAUSE = 0.2  # seconds between looking for new scores
-RETRY = 2  # seconds until a store that was away is tried again
 NICENESS = 10
 
 
@@ -79,7 +77,7 @@ class Recorder:
         sender, recipient = (_read(fields, name, LONGEST_ADDRESS) for name in ("sender", "recipient"))
         region, keeps = _read(fields, "region", LONGEST_NAME), self.params["retention_days"] > 0
         sender = sender and hashlib.blake2b(_bytes(sender), key=self.key, digest_size=8).hexdigest()
-        beside = [self._score_beside(text, i) for i, text in enumerate(texts)]
+        beside = [self._score_beside(text) for text in texts]
         with self.lock:
             if self.process != os.getpid():
                 self._begin()
@@ -93,9 +91,16 @@ class Recorder:
             self._append("\n".join([*lines, ""]).encode(), len(lines))
         return numbers
 
-    def _score_beside(self, text: str, i: int) -> float | None:
+    def close(self) -> None:
+        """Have done: nothing more will be recorded."""
+        for file in (self.file, self.slot_file):
+            if file:
+                file.close()
+        self.process = self.file = self.slot_file = None
+
+    def _score_beside(self, text: str) -> float | None:
         """Return the propensity that the candidate gives to a message, if it is among those that it scores."""
-        if not self.shadow or (now() + i) % 1000 >= 1000 * self.params["shadow_share"]:
+        if not self.shadow or random.random() >= self.params["shadow_share"]:
             return None
         return score(text, self.shadow[0], self.shadow[1]["threshold"])[1]
 
@@ -107,6 +112,7 @@ class Recorder:
             if _lock(self.slot_file):
                 self.slot = slot
                 return
+            self.slot_file.close()
         raise OSError(f"more than {WORKERS} processes record scores in {self.folder}")
 
     def _append(self, lines: bytes, count: int) -> None:
@@ -136,7 +142,8 @@ class Recorder:
             raise OSError(f"{waiting} bytes wait for the store, which must have been away for long")
         hidden = self.folder / f"{self.slot:03}.new"  # until it has a lock and a header
         header = json.dumps(self.header).encode() + b"\n"
-        file = open(hidden, "wb", buffering=0)  # noqa: SIM115
+        file = open(hidden, "ab", buffering=0)  # noqa: SIM115
+        file.truncate(0)
         if not _lock(file) or file.write(header) < len(header):
             file.close()
             raise OSError("the disk is full")
@@ -249,27 +256,6 @@ def _clean(text: str | None) -> str | None:
     return text and _bytes(text).decode().replace("\0", "\ufffd")
 
 
-def main() -> None:
-    """Move scores to the store until SIGTERM, and then once more."""
-    os.nice(NICENESS)  # the service goes first
-    engine, ended, is_away = open_store(), threading.Event(), False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    while True:
-        last = ended.is_set()
-        try:
-            moved, problem = move(engine), None
-        except DBAPIError as error:
-            moved, problem = 0, str(error.orig).strip().partition("\n")[0]
-        if bool(problem) != is_away:
-            is_away = bool(problem)
-            print(f"The store cannot be written to: {problem}." if problem else "The store is back.", flush=True)
-        if last:
-            break
-        if not moved:
-            ended.wait(RETRY if problem else PAUSE)
-    engine.dispose()
-
-
 if __name__ == "__main__":
-    main()
+    os.nice(NICENESS)  # the service goes first
+    repeat(move)
