@@ -48,10 +48,10 @@ style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
-check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy or fault
-	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault)"
+check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy, fault or store
+	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault or operations)"
 
-test: style .venv/requirements-transfer.txt | build  ## style and all tests
+test: style .venv/requirements-transfer.txt .venv/requirements-operations.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
 
 coverage: test  ## all tests, and their report in coverage.txt
@@ -129,8 +129,8 @@ build/impact.ipynb: impact.ipynb params.yaml score.py $(wildcard engine/*.py mod
 	$(INSTALL) --requirement $<
 	cp $< $@
 
-.venv/requirements-transfer.txt: requirements-transfer.txt .venv/requirements.txt
-	$(INSTALL) --requirement requirements-transfer.txt
+.venv/requirements-transfer.txt .venv/requirements-operations.txt: .venv/%: % .venv/requirements.txt
+	$(INSTALL) --requirement $<
 	cp $< $@
 
 build/bench/requirements.txt: benchmarks/requirements.txt requirements.lock | build .venv/bin/uv

@@ -20,7 +20,7 @@ from werkzeug.exceptions import BadRequest
 from app import create_app
 from operations.actions import act
 from operations.spool import Recorder, move
-from operations.store import day_of, day_tables, labels, models, now, open_store, read_scores, spool
+from operations.store import day_of, day_tables, labels, models, now, open_store, read_scores, reader, spool
 
 pytestmark = pytest.mark.operations
 PARAMS = {
@@ -172,10 +172,9 @@ def test_a_mover_that_is_killed_again_and_again_stores_each_score_once(recorder,
     for _ in range(3):
         for _ in range(20):
             names += record({}, ["x"] * 1000, [(False, 0.1)] * 1000, 0.5)
-        with store.connect() as connection:
+        with reader(store).connect() as connection:
             begun = place.where(spool.c.offset > (connection.scalar(place) or 0))
-        mover = launch("-m", "operations.spool", OPERATIONS_STATE=str(tmp_path), DATABASE_URL=store_url)
-        with store.connect() as connection:
+            mover = launch("-m", "operations.spool", OPERATIONS_STATE=str(tmp_path), DATABASE_URL=store_url)
             poll(partial(read_anew, connection, begun), "the mover to begin")
         kill(mover)
     move(store, tmp_path / "spool")
