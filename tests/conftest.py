@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import signal
 import subprocess
-from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, code_cells, missing, poll, run_notebook
+from helpers import ROOT, code_cells, missing, run_notebook
+
+from benchmarks.postgres import Postgres
 
 
 def pytest_collection_modifyitems(items):
@@ -99,47 +99,16 @@ def trained(prepared):
 # Stores of operations
 
 
-class Postgres:
-    """A server of PostgreSQL of one's own, which listens in its folder alone."""
-
-    def __init__(self, folder: Path):
-        programs = sorted(glob("/usr/lib/postgresql/*/bin")) or missing("PostgreSQL is not installed")
-        self.programs, self.folder, self.process = Path(programs[-1]), folder, None
-        self.user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
-        if self.user:
-            shutil.chown(folder, "postgres", "postgres")
-        self.run("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--pgdata", folder / "data")
-
-    def run(self, program, *arguments):
-        """Run one of its programs to its end."""
-        command = [*self.user, self.programs / program, *arguments]
-        return subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True).stdout
-
-    def start(self):
-        """Start the server and wait until it answers."""
-        command = [*self.user, self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, "-h", ""]
-        with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
-        ready = [self.programs / "pg_isready", "--quiet", "-h", self.folder]
-        poll(lambda: subprocess.run(ready).returncode == 0, "PostgreSQL to answer")
-
-    def kill(self):
-        """End all its processes at once, as a crash would."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def url(self, name):
-        """Make an empty database and return its address."""
-        self.run("createdb", "-h", self.folder, "-U", "postgres", name)
-        return f"postgresql://postgres@/{name}?host={self.folder}"
-
-
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory):
     """A running server of PostgreSQL."""
     folder = Path("/tmp" if os.getuid() == 0 else tmp_path_factory.getbasetemp()) / f"postgres-{os.getpid()}"
     folder.mkdir()
-    server = Postgres(folder)
+    try:
+        server = Postgres(folder)
+    except FileNotFoundError as error:
+        folder.rmdir()
+        missing(str(error))
     server.start()
     yield server
     server.kill()
