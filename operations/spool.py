@@ -241,7 +241,7 @@ def _shadow_threshold(header: bytes) -> float:
 def _rows(line: bytes, ids: tuple[int, int | None], header: bytes) -> list[dict[str, Any]]:
     """Return the rows for the store that a line holds: the score, and that of the candidate."""
     number, sender, region, arm, text, propensity, threshold, prediction, other = json.loads(line)
-    about = {"sender": sender and bytes.fromhex(sender), "region": _clean(region), "arm": arm, "text": _clean(text)}
+    about = {"sender": sender and bytes.fromhex(sender), "region": clean(region), "arm": arm, "text": clean(text)}
     score_ = {"message": number, "model": ids[0], "shadow": False, "propensity": propensity, "threshold": threshold}
     rows = [{**about, **score_, "prediction": prediction}]
     if other is not None:
@@ -251,7 +251,7 @@ def _rows(line: bytes, ids: tuple[int, int | None], header: bytes) -> list[dict[
     return rows
 
 
-def _clean(text: str | None) -> str | None:
+def clean(text: str | None) -> str | None:
     """Return a text without what PostgreSQL cannot hold: NUL, and halves of surrogate pairs."""
     return text and _bytes(text).decode().replace("\0", "\ufffd")
 

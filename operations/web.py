@@ -1,0 +1,158 @@
+"""The operator's service: the filter over HTTP as app.py serves it, with a store, jobs and feedback behind it.
+
+`python -m operations.web` serves the model that was promoted last. Besides what app.py reads from the environment,
+OPERATIONS_KEY is the key of the hashes of senders, and OPERATIONS_TOKEN what the operator's routes ask for; without it
+there are none. SIGHUP has it load the model and the candidate that are there by then.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import yaml
+from flask import Flask, render_template
+from flask_smorest import Api
+from sklearn.base import BaseEstimator
+from sqlalchemy.exc import DBAPIError
+
+from app import create_app
+from engine.files import write
+from engine.server import read_environment, serve
+from operations.routes import make_routes
+from operations.schemas import Problem
+from operations.spool import Recorder
+from operations.store import ROOT, STATE, check_version, models, open_store, reader
+from score import load_card, load_model
+
+PATIENCE = 3  # seconds that a request waits for the store, less than for its turn
+PID = "server.pid"
+SHORTEST_SECRET = 16  # characters
+
+
+class OperationsApi(Api):
+    """The description of the routes; their errors are those of the whole service."""
+
+    ERROR_SCHEMA = Problem
+
+    def _register_error_handlers(self) -> None:
+        """Leave the application's own as they are."""
+
+
+def create_operations_app(
+    engine: sa.Engine,
+    model: BaseEstimator,
+    card: dict[str, Any],
+    params: dict[str, Any],
+    key: bytes,
+    token: str | None = None,
+    shadow: tuple[BaseEstimator, dict[str, Any]] | None = None,
+    state: Path = STATE,
+) -> Flask:
+    """Make the operator's application.
+
+    Args:
+        engine: of the store.
+        model, card: what is served, as `app.create_app` takes them.
+        params: the section `operations` of params.yaml.
+        key: of the hashes of senders.
+        token: what the operator's routes ask for; without one there are none.
+        shadow: a candidate and its card, which scores a share of the messages too.
+        state: the folder for scores on their way to the store.
+    """
+    recorder = Recorder(card, params, state / "spool", key, shadow)
+    app = create_app(model, card, record=recorder)
+    app.extensions["recorder"] = recorder
+    if not token:
+        return app
+    app.config.update(
+        API_TITLE="SMS spam filter: operations",
+        API_VERSION="1.0.0",
+        OPENAPI_VERSION="3.1.0",
+        OPENAPI_URL_PREFIX="/operations",
+    )
+    api = OperationsApi(app)
+    api.spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
+    api.spec.options["security"] = [{"token": []}]
+    api.register_blueprint(make_routes(engine, model, card, params["retention_days"] > 0, token))
+
+    @app.get("/operations")
+    def operations() -> str:
+        return render_template("operations.html")
+
+    return app
+
+
+def load() -> Flask:
+    """Return the application with the model that is served by now, and the newest candidate.
+
+    Raises:
+        ValueError: the environment, the store or the model is not right.
+        FileNotFoundError: there is no model.
+    """
+    from operations.pipeline import first_model
+
+    key, token = read_secret("OPERATIONS_KEY"), read_secret("OPERATIONS_TOKEN")
+    if not key:
+        raise ValueError("OPERATIONS_KEY is missing: the hashes of senders need a key, which must stay the same")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
+    engine = open_store(patience=PATIENCE)
+    try:
+        check_version(engine)
+        first_model(engine)
+        shadow = load_candidate(engine)
+    except DBAPIError as error:
+        raise ValueError(f"the store does not answer: {error.orig}") from None
+    finally:
+        engine.dispose()  # a worker must not share a connection with others
+    path = STATE / "models" / "serving" / "best_model.joblib"
+    return create_operations_app(engine, load_model(path), load_card(path), params, key.encode(), token, shadow)
+
+
+def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator, dict[str, Any]] | None:
+    """Return the newest candidate with its card; None where there is none, or none that can be loaded."""
+    query = sa.select(models.c.sha256).where(models.c.state == "candidate").order_by(models.c.id.desc()).limit(1)
+    with reader(engine).connect() as connection:
+        sha256 = connection.scalar(query)
+    if not sha256:
+        return None
+    path = STATE / "models" / sha256 / "best_model.joblib"
+    try:
+        return load_model(path), load_card(path)
+    except (OSError, ValueError) as error:
+        print(f"The candidate does not score on the side: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def read_secret(name: str) -> str | None:
+    """Return a secret from the environment, or None where there is none.
+
+    Raises:
+        ValueError: it is too short, or cannot be sent in a header.
+    """
+    value = os.environ.get(name)
+    if value and (len(value) < SHORTEST_SECRET or not (value.isascii() and value.isprintable()) or " " in value):
+        raise ValueError(f"{name} must have at least {SHORTEST_SECRET} letters, digits or signs of ASCII, and no space")
+    return value or None
+
+
+def main() -> None:
+    """Serve, and say in the state's folder which process does."""
+    path = STATE / PID
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes it over
+
+    def load_and_tell() -> Flask:
+        app = load()
+        write(path, f"{os.getpid()} {read_environment('PORT', 5000)}\n".encode())
+        return app
+
+    try:
+        serve(load_and_tell)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
