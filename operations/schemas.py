@@ -25,7 +25,17 @@ class Time(fields.AwareDateTime):
         return (super()._deserialize(value, *args, **kwargs) - EPOCH) // timedelta(microseconds=1)
 
 
-def _number() -> fields.String:
+class Number(fields.Integer):
+    """The number of a model: a whole one, which comes as a float, like all numbers of a body."""
+
+    def __init__(self, **options: Any):
+        super().__init__(strict=True, validate=validate.Range(1, LARGEST_ID), **options)
+
+    def _validated(self, value: Any) -> int:
+        return super()._validated(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _message() -> fields.String:
     """Return the field of a message's number: a string, as JavaScript rounds numbers of this size."""
     return fields.String(required=True, validate=validate.Regexp(r"[0-9]{1,19}\Z", error="Not the id of a message."))
 
@@ -61,13 +71,13 @@ class Period(Schema):
 class Rescoring(Schema):
     """By which model stored messages are scored; by default the one that is served."""
 
-    model = fields.Integer(strict=True, validate=validate.Range(1, LARGEST_ID))
+    model = Number()
 
 
 class Word(Schema):
     """What somebody says of a message: a complaint that it is missing, a report that it is spam, or a review."""
 
-    message = _number()
+    message = _message()
     source = fields.String(required=True, validate=validate.OneOf(SOURCES))
     label = fields.String(validate=validate.OneOf(["ham", "spam"]), metadata={"description": "of a reviewer"})
     text = fields.String(metadata={"maxLength": LONGEST_TEXT})
@@ -107,7 +117,7 @@ class JobWithLog(Job):
 class Label(Schema):
     """What was said of a message, and what the filter had said: nothing is known of one that is not stored yet."""
 
-    message = _number()
+    message = _message()
     source = fields.String(required=True)
     label = fields.String(required=True)
     received = Time(required=True)
@@ -132,7 +142,7 @@ class Label(Schema):
 class Stored(Schema):
     """What became of feedback."""
 
-    message = _number()
+    message = _message()
     source = fields.String(required=True)
     label = fields.String(required=True)
     text_kept = fields.Boolean(required=True, metadata={"description": "whether texts are kept, and there was one"})
@@ -162,7 +172,7 @@ class Model(Schema):
 class Takedown(Schema):
     """A message that was taken down, and the words that did it where its text is kept."""
 
-    message = _number()
+    message = _message()
     time = Time(required=True)
     region = fields.String(required=True, allow_none=True)
     propensity = fields.Float(required=True)

@@ -5,10 +5,10 @@ OPERATIONS_KEY is the key of the hashes of senders, and OPERATIONS_TOKEN what th
 there are none. SIGHUP has it load the model and the candidate that are there by then.
 """
 
+import fcntl
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,7 +28,7 @@ from operations.store import ROOT, STATE, check_version, models, open_store, rea
 from score import load_card, load_model
 
 PATIENCE = 3  # seconds that a request waits for the store, less than for its turn
-PID = "server.pid"
+PID = STATE / "server.pid"
 SHORTEST_SECRET = 16  # characters
 
 
@@ -42,29 +42,17 @@ class OperationsApi(Api):
 
 
 def create_operations_app(
-    engine: sa.Engine,
-    model: BaseEstimator,
-    card: dict[str, Any],
-    params: dict[str, Any],
-    key: bytes,
-    token: str | None = None,
-    shadow: tuple[BaseEstimator, dict[str, Any]] | None = None,
-    state: Path = STATE,
+    engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], recorder: Recorder, token: str | None = None
 ) -> Flask:
     """Make the operator's application.
 
     Args:
         engine: of the store.
         model, card: what is served, as `app.create_app` takes them.
-        params: the section `operations` of params.yaml.
-        key: of the hashes of senders.
+        recorder: of what is scored.
         token: what the operator's routes ask for; without one there are none.
-        shadow: a candidate and its card, which scores a share of the messages too.
-        state: the folder for scores on their way to the store.
     """
-    recorder = Recorder(card, params, state / "spool", key, shadow)
     app = create_app(model, card, record=recorder)
-    app.extensions["recorder"] = recorder
     if not token:
         return app
     app.config.update(
@@ -76,7 +64,7 @@ def create_operations_app(
     api = OperationsApi(app)
     api.spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
     api.spec.options["security"] = [{"token": []}]
-    api.register_blueprint(make_routes(engine, model, card, params["retention_days"] > 0, token))
+    api.register_blueprint(make_routes(engine, model, card, recorder.keeps_texts, token))
 
     @app.get("/operations")
     def operations() -> str:
@@ -108,7 +96,9 @@ def load() -> Flask:
     finally:
         engine.dispose()  # a worker must not share a connection with others
     path = STATE / "models" / "serving" / "best_model.joblib"
-    return create_operations_app(engine, load_model(path), load_card(path), params, key.encode(), token, shadow)
+    model, card = load_model(path), load_card(path)
+    recorder = Recorder(card, params, STATE / "spool", key.encode(), shadow)
+    return create_operations_app(engine, model, card, recorder, token)
 
 
 def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator, dict[str, Any]] | None:
@@ -140,18 +130,24 @@ def read_secret(name: str) -> str | None:
 
 def main() -> None:
     """Serve, and say in the state's folder which process does."""
-    path = STATE / PID
+    STATE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes it over
+    with open(STATE / "server.lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"Cannot serve: another process serves from {STATE}")
+        try:
+            serve(load_and_tell)
+        finally:
+            PID.unlink(missing_ok=True)
 
-    def load_and_tell() -> Flask:
-        app = load()
-        write(path, f"{os.getpid()} {read_environment('PORT', 5000)}\n".encode())
-        return app
 
-    try:
-        serve(load_and_tell)
-    finally:
-        path.unlink(missing_ok=True)
+def load_and_tell() -> Flask:
+    """Return what `load` does, and write the number and the port of this process to a file."""
+    app = load()
+    write(PID, f"{os.getpid()} {read_environment('PORT', 5000)}\n".encode())
+    return app
 
 
 if __name__ == "__main__":
