@@ -471,9 +471,15 @@ def judge(what: str, measured: float, required: float, digits: str) -> str:
     return f"| {what} | {required:{digits}} | {measured:{digits}} | {verdict} |"
 
 
-def main() -> None:
-    """Measure, print the report and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def publish(description: str, measure: Callable[[Path, bool], str], path: Path) -> None:
+    """Measure, print the report and keep it.
+
+    Args:
+        description: of the program.
+        measure: given a folder of its own, and whether to be quick, returns the report in Markdown.
+        path: of the report.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--quick", action="store_true", help="do a tenth of everything, to try this out and not to measure"
     )
@@ -487,11 +493,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="spam-bench-") as folder:
         report = measure(Path(folder), arguments.quick)
     print(report)
-    REPORT.parent.mkdir(exist_ok=True)
-    unfinished = REPORT.with_suffix(".part")
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".part")
     unfinished.write_text(report, encoding="utf-8")
-    unfinished.replace(REPORT)
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":
-    main()
+    publish(__doc__, measure, REPORT)
