@@ -10,7 +10,7 @@ import sqlalchemy as sa
 import yaml
 
 from operations.repeat import repeat
-from operations.store import ROOT, day_tables, days, reader
+from operations.store import ROOT, day_tables, days, hold_day, reader
 
 BATCH = 5000  # scores of one transaction
 
@@ -32,7 +32,7 @@ def act(engine: sa.Engine, label_from: float) -> Counter:
         statement = _statement(day, label_from)
         while True:
             with engine.begin() as connection:
-                done = Counter(connection.scalars(statement))
+                done = Counter(connection.scalars(statement) if hold_day(connection, day) else ())
             counts += done
             if done.total() < BATCH:
                 break

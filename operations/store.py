@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -23,10 +23,12 @@ import alembic.command
 import alembic.config
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +101,20 @@ spool = sa.Table(
     sa.Column("file", sa.String(60), primary_key=True),
     sa.Column("offset", sa.BigInteger, nullable=False),  # bytes of the file that are stored
 )
+parts = sa.Table(  # the Parquet files of closed days; a file that is not named here does not count
+    "parts",
+    metadata,
+    sa.Column("file", sa.String(60), primary_key=True),
+    sa.Column("day", sa.String(8), nullable=False, index=True),
+    sa.Column("scores", sa.BigInteger, nullable=False),
+)
+SCHEMA = pa.schema(  # of those files, and of what `read_scores` yields
+    {
+        **{"message": pa.int64(), "model": pa.int64(), "shadow": pa.bool_(), "propensity": pa.float64()},
+        **{"threshold": pa.float64(), "prediction": pa.bool_(), "action": pa.string(), "sender": pa.binary()},
+        **{"region": pa.string(), "arm": pa.string()},
+    }
+)
 
 
 def now() -> int:
@@ -144,13 +160,14 @@ def day_tables(day: str) -> tuple[sa.Table, sa.Table]:
 # Opening
 
 
-def open_store(url: str | None = None) -> sa.Engine:
+def open_store(url: str | None = None, patience: int = PATIENCE) -> sa.Engine:
     """Return the engine of a store, which it connects to when it is used.
 
     A transaction begun by `Engine.begin` may write; one of `reader(engine)` only reads, and never waits.
 
     Args:
         url: of the database; if None that of DATABASE_URL in the environment, or SQLite in the state's folder.
+        patience: seconds to wait for a server that does not answer, and on SQLite for those that write.
 
     Raises:
         ValueError: it is no address of SQLite or PostgreSQL.
@@ -159,13 +176,15 @@ def open_store(url: str | None = None) -> sa.Engine:
     try:
         address = sa.make_url(url)
         if address.get_backend_name() == "postgresql":
-            return sa.create_engine(address.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+            arguments = {"connect_timeout": patience}
+            address = address.set(drivername="postgresql+psycopg")
+            return sa.create_engine(address, connect_args=arguments, pool_pre_ping=True)
         if address.get_backend_name() != "sqlite" or not address.database:
             raise ArgumentError
     except (ArgumentError, NoSuchModuleError):
         raise ValueError("DATABASE_URL must begin with postgresql:// or sqlite:/// and name a database") from None
     Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(address, connect_args={"timeout": PATIENCE})
+    engine = sa.create_engine(address, connect_args={"timeout": patience})
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -206,7 +225,8 @@ def check_version(engine: sa.Engine) -> None:
     known = ScriptDirectory.from_config(_alembic()).get_current_head()
     if found != known:
         raise ValueError(
-            f"the store has version {found}, not {known}: run python -m operations.store with the newest program"
+            f"the tables of the store have version {found or 'none'}, not {known}: run the newest program with "
+            "python -m operations, which brings them to it"
         )
 
 
@@ -231,20 +251,39 @@ def insert(connection: sa.Connection, rows: Iterable[dict[str, Any]]) -> None:
     by_day: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_day.setdefault(day_of(row["message"]), []).append(row)
-    for day, of_day in by_day.items():
+    for day, of_day in sorted(by_day.items()):
         messages, scores = day_tables(day)
-        if not connection.scalar(sa.select(sa.exists().where(days.c.day == day))):
-            messages.metadata.create_all(connection)
-            connection.execute(days.insert().values(day=day))
+        while not hold_day(connection, day):
+            begin = _upsert(connection, days).values(day=day).on_conflict_do_nothing().returning(days.c.day)
+            if connection.scalar(begin):
+                messages.metadata.create_all(connection)
         new = [row for row in of_day if "arm" in row]
         if new:
-            connection.execute(messages.insert(), [{"id": row["message"], **_of(row, messages)} for row in new])
+            connection.execute(messages.insert(), [{**_of(row, messages), "id": row["message"]} for row in new])
         connection.execute(scores.insert(), [_of(row, scores) for row in of_day])
 
 
+def hold_day(connection: sa.Connection, day: str, reads: bool = False) -> bool:
+    """Tell whether a day is open, that is, has tables, and keep them until the transaction ends.
+
+    Args:
+        connection: of the transaction. On SQLite it has a state of the store to itself anyway.
+        day: such as "20261124".
+        reads: whether the tables will only be read; then they need not wait until a day that is being closed is.
+    """
+    query = sa.select(days.c.day).where(days.c.day == day)
+    return connection.scalar(query.with_for_update(read=True, key_share=reads)) is not None
+
+
 def _of(row: dict[str, Any], table: sa.Table) -> dict[str, Any]:
-    """Return those values of a row that a table has columns for."""
-    return {name: row[name] for name in table.columns.keys() & row.keys()}
+    """Return the values of a row for all columns of a table: the first of many rows tells which are written."""
+    names = table.columns.keys()
+    return {name: row.get(name) for name in names}
+
+
+def _upsert(connection: sa.Connection, table: sa.Table) -> Any:
+    """Return a statement that inserts, and knows what to do where a row is there already."""
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
 
 # Reading
@@ -263,35 +302,43 @@ def read_scores(engine: sa.Engine, start: int, end: int, folder: Path | None = N
         `action`, `sender`, `region`, `arm`.
     """
     first, last = start * WORKERS, end * WORKERS
-    days_within = [day_of(at * WORKERS) for at in range(start - start % (86_400 * SECOND), end, 86_400 * SECOND)]
+    within = (day_of(first), day_of(last - 1))
     with reader(engine).connect() as connection:
-        open_days = set(connection.scalars(sa.select(days.c.day).where(days.c.day.in_(days_within))))
-        for day in days_within:
-            for path in closed_parts(day, folder):
-                part = pd.read_parquet(path, filters=[("message", ">=", first), ("message", "<", last)])
-                if len(part):
-                    yield part
-            if day in open_days:
+        found = sa.union(*(sa.select(of.c.day).where(of.c.day.between(*within)) for of in (days, parts)))
+        for day in connection.scalars(found.order_by("day")).all():
+            is_open = hold_day(connection, day, reads=True)
+            for path in closed_parts(connection, day, folder):
+                rows = (ds.field("message") >= first) & (ds.field("message") < last)
+                for batch in ds.dataset(path).to_batches(filter=rows, batch_size=CHUNK):
+                    if batch.num_rows:
+                        yield batch.to_pandas()
+            if is_open:
                 query = select_scores(day).where(day_tables(day)[1].c.message.between(first, last - 1))
-                yield from _read_day(connection, query)
+                with closing(_read_day(connection, query)) as tables:  # also where the caller has enough
+                    for table in tables:
+                        yield table.to_pandas()
 
 
-def _read_day(connection: sa.Connection, query: sa.Select) -> Iterator[pd.DataFrame]:
+def _read_day(connection: sa.Connection, query: sa.Select) -> Iterator[pa.Table]:
     """Read what a query of `select_scores` finds, a part at a time."""
-    for part in pd.read_sql(query.execution_options(yield_per=CHUNK), connection, chunksize=CHUNK):
-        yield part.astype({"shadow": bool, "prediction": bool})
+    with connection.execute(query.execution_options(yield_per=CHUNK)) as result:
+        for rows in result.partitions():
+            columns = zip(zip(*rows, strict=True), SCHEMA.types, strict=True)
+            yield pa.Table.from_arrays([pa.array(values, of_type) for values, of_type in columns], schema=SCHEMA)
 
 
 def select_scores(day: str) -> sa.Select:
     """Return the query for all scores of a day that is not closed, in the order of the messages."""
     messages, scores = day_tables(day)
-    about = (messages.c.sender, messages.c.region, messages.c.arm)
-    return sa.select(scores, *about).join_from(scores, messages, scores.c.message == messages.c.id).order_by("message")
+    about = (messages.c.sender, messages.c.region, messages.c.arm)  # none, if the day was closed meanwhile
+    joined = scores.outerjoin(messages, scores.c.message == messages.c.id)
+    return sa.select(scores, *about).select_from(joined).order_by("message")
 
 
-def closed_parts(day: str, folder: Path | None = None) -> list[Path]:
+def closed_parts(connection: sa.Connection, day: str, folder: Path | None = None) -> list[Path]:
     """Return the Parquet files of a day, in the order they were written."""
-    return sorted((folder or STATE / "days").glob(f"{day}-*.parquet"))
+    files = connection.scalars(sa.select(parts.c.file).where(parts.c.day == day)).all()
+    return [(folder or STATE / "days") / file for file in sorted(files, key=lambda file: (len(file), file))]
 
 
 def find_message(engine: sa.Engine, message: int, folder: Path | None = None) -> dict[str, Any] | None:
@@ -302,12 +349,15 @@ def find_message(engine: sa.Engine, message: int, folder: Path | None = None) ->
         message: its number.
         folder: as for `read_scores`.
     """
-    with suppress(ValueError, OverflowError, OSError):  # no time has such a number
-        at = message // WORKERS
-        for part in read_scores(engine, at, at + 1, folder):
-            found = part[(part["message"] == message) & ~part["shadow"]]
-            if len(found):
-                return found.iloc[0].to_dict()
+    at = message // WORKERS
+    try:
+        day_of(message)
+    except (ValueError, OverflowError, OSError):  # no time has such a number
+        return None
+    for part in read_scores(engine, at, at + 1, folder):
+        found = part[(part["message"] == message) & ~part["shadow"]]
+        if len(found):
+            return pa.Table.from_pandas(found, SCHEMA, preserve_index=False).to_pylist()[0]
     return None
 
 
@@ -330,10 +380,11 @@ def add_label(
     said = (labels.c.message == message) & (labels.c.source == source)
     values = {"label": label, "received": now(), "text": text, "sender": sender}
     with engine.begin() as connection:
-        if connection.execute(labels.update().where(said).values(**values)).rowcount:
-            return False
-        connection.execute(labels.insert().values(message=message, source=source, **values))
-    return True
+        first = _upsert(connection, labels).values(message=message, source=source, **values).on_conflict_do_nothing()
+        if connection.scalar(first.returning(labels.c.id)):
+            return True
+        connection.execute(labels.update().where(said).values(**values))
+    return False
 
 
 def count_shadow(engine: sa.Engine, model: int, since: int) -> dict[str, int]:
@@ -363,14 +414,14 @@ def register(
         state: "candidate" or "serving", if it is new.
         mlflow_version: of the model in the registry.
     """
+    at = now()
+    values = {"name": card["name"], "sha256": card["sha256"], "card": json.dumps(card), "created": at}
+    values |= {"state": state, "mlflow_version": mlflow_version, "promoted": at if state == "serving" else None}
+    same = sa.select(models.c.id).where(models.c.sha256 == card["sha256"])
     with engine.begin() as connection:
-        known = connection.scalar(sa.select(models.c.id).where(models.c.sha256 == card["sha256"]))
-        if known:
-            return known, False
-        at = now()
-        values = {"name": card["name"], "sha256": card["sha256"], "card": json.dumps(card), "created": at}
-        values |= {"state": state, "mlflow_version": mlflow_version, "promoted": at if state == "serving" else None}
-        return connection.execute(models.insert().values(**values)).inserted_primary_key[0], True
+        new = _upsert(connection, models).values(**values).on_conflict_do_nothing()
+        number = connection.scalar(new.returning(models.c.id))
+        return (connection.scalar(same), False) if number is None else (number, True)
 
 
 # Closing and forgetting
@@ -379,6 +430,8 @@ def register(
 def close_day(engine: sa.Engine, day: str, folder: Path | None = None) -> int:
     """Move the scores of a day to a Parquet file and drop its tables; texts are not taken along.
 
+    Until it is done nobody else writes to the day, or, on SQLite, to the store: scores wait in files of the spool.
+
     Args:
         engine: of the store.
         day: such as "20261124"; rows that come later open it again, and go to another file.
@@ -386,50 +439,97 @@ def close_day(engine: sa.Engine, day: str, folder: Path | None = None) -> int:
 
     Returns:
         The number of scores.
+
+    Raises:
+        ValueError: some of its scores have not been acted on yet.
     """
     folder = folder or STATE / "days"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{day}-{len(closed_parts(day, folder))}.parquet"
-    temporary, count = path.with_suffix(".tmp"), 0
-    schema = pa.schema(
-        {
-            **{"message": pa.int64(), "model": pa.int64(), "shadow": pa.bool_(), "propensity": pa.float64()},
-            **{"threshold": pa.float64(), "prediction": pa.bool_(), "action": pa.string(), "sender": pa.binary()},
-            **{"region": pa.string(), "arm": pa.string()},
-        }
-    )
-    with engine.begin() as connection:  # nobody adds to the day until it is dropped
-        if not connection.scalar(sa.select(days.c.day).where(days.c.day == day).with_for_update()):
+    _, scores = day_tables(day)
+    is_open = sa.select(days.c.day).where(days.c.day == day).with_for_update(key_share=True)  # readers go on
+    to_do = sa.select(sa.func.count()).where(scores.c.action.is_(None) & ~scores.c.shadow)
+    count = 0
+    with engine.begin() as connection:
+        if not connection.scalar(is_open):
             return 0
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as file:
-            for part in _read_day(connection, select_scores(day)):
-                file.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
-                count += len(part)
-        connection.execute(days.delete().where(days.c.day == day))
-        day_tables(day)[0].metadata.drop_all(connection)
-        os.replace(temporary, path)
+        if waiting := connection.scalar(to_do):
+            raise ValueError(
+                f"{waiting} scores of the day {day} have not been acted on: close it when python -m operations.actions "
+                "has done so"
+            )
+        # A file that an attempt before this one left is named alike, and replaced.
+        path = folder / f"{day}-{len(closed_parts(connection, day))}.parquet"
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+                    for table in _read_day(connection, select_scores(day)):
+                        writer.write_table(table)
+                        count += len(table)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(folder)
+        connection.execute(parts.insert().values(file=path.name, day=day, scores=count))
+        connection.execute(days.delete().where(days.c.day == day))  # waits for readers
+        scores.metadata.drop_all(connection)
     return count
 
 
-def forget(engine: sa.Engine, retention_days: float) -> int:
+def _sync(folder: Path) -> None:
+    """Have the disk know the names of the files in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def forget(engine: sa.Engine, retention_days: float, folder: Path | None = None) -> int:
     """Delete the texts of messages and of labels that are older than they may be kept.
 
     Args:
         engine: of the store.
         retention_days: how long they may be.
+        folder: where files of scores wait for the store; if None in the state's folder.
 
     Returns:
         How many texts were deleted.
+
+    Raises:
+        RuntimeError: copies of some are left; the sentence says where, and what to do.
     """
     limit, count = now() - int(retention_days * 86_400 * SECOND), 0
     with engine.begin() as connection:
         for day in connection.scalars(sa.select(days.c.day)).all():
-            messages, _ = day_tables(day)
-            old = messages.c.text.is_not(None) & (messages.c.id < limit * WORKERS)
-            count += connection.execute(messages.update().where(old).values(text=None)).rowcount
+            if hold_day(connection, day):
+                messages, _ = day_tables(day)
+                old = messages.c.text.is_not(None) & (messages.c.id < limit * WORKERS)
+                count += connection.execute(messages.update().where(old).values(text=None)).rowcount
         old = labels.c.text.is_not(None) & (labels.c.received < limit)
         count += connection.execute(labels.update().where(old).values(text=None)).rowcount
+    left = []
     if engine.dialect.name == "sqlite":  # the log of writes holds copies
         with engine.connect() as connection:
-            connection.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            is_busy, *_ = connection.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            left.append("programs that read the store keep its log of writes from being emptied")
+    if waiting := _count_texts(folder or STATE / "spool", limit):
+        left.append(f"{waiting} lie in files on their way to the store, which go when the service begins others")
+    if left:
+        raise RuntimeError(f"{count} texts were deleted, but copies are left: {'; '.join(left)}: try again later")
+    return count
+
+
+def _count_texts(folder: Path, limit: int) -> int:
+    """Count the texts older than a time in files of `operations.spool`, whose names begin with the time of theirs."""
+    old = [path for path in folder.glob("*.jsonl") if int(path.name.partition("-")[0]) < limit]
+    count = 0
+    for path in old:
+        with suppress(FileNotFoundError), open(path, "rb") as file:  # it may have been moved meanwhile
+            next(file, None)  # the header
+            rows = (json.loads(line) for line in file if line.endswith(b"\n"))
+            count += sum(number < limit * WORKERS and text is not None for number, _, _, _, text, *_ in rows)
     return count
