@@ -8,14 +8,14 @@ import hmac
 import time
 from collections.abc import Callable
 from functools import cached_property, wraps
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from flask import abort, current_app, request
 from flask_smorest import Blueprint
 from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
-from marshmallow import Schema, ValidationError
+from marshmallow import RAISE, Schema, ValidationError
 from sqlalchemy.exc import DBAPIError
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import WWWAuthenticate
@@ -36,6 +36,7 @@ class Parser(FlaskParser):
     """Reads the fields of a request as the rest of the service does, and says in one sentence what is wrong."""
 
     DEFAULT_VALIDATION_STATUS = 400
+    DEFAULT_UNKNOWN_BY_LOCATION: ClassVar = {**FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION, "query": RAISE}
 
     def load_json(self, req: Any, schema: Schema) -> dict[str, Any]:
         """Return the fields of a body; of an empty one none."""
