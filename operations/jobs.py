@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 import yaml
@@ -23,6 +23,7 @@ from cronsim import CronSim, CronSimError
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from operations.claims import ATTEMPTS, TWICE, WAITING, Claim, failed, take
 from operations.guard import Guarded
 from operations.repeat import RETRY, repeat
 from operations.store import ROOT, SECOND, STATE, jobs, labels, now, reader
@@ -30,9 +31,7 @@ from operations.store import ROOT, SECOND, STATE, jobs, labels, now, reader
 COMMAND = (sys.executable, "-m", "operations.pipeline")  # that runs the job whose number it is given
 LEASE = 60  # seconds for which a worker has a job
 HEARTBEAT = 5  # seconds from one renewal to the next
-ATTEMPTS = 2
 MISSED = timedelta(hours=1)  # a time that has passed for longer is not made up
-EXCLUSIVE = ({"train"}, {"promote", "roll_back"})  # of each set one job runs at a time
 LONGEST_TAIL = 2**17  # bytes of a log
 LONGEST_SENTENCE = 500  # characters
 CLAIM = "OPERATIONS_CLAIM"  # tells a job's process whose it is
@@ -64,10 +63,6 @@ def enqueue(
     insert = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(jobs).values(**values, **WAITING)
     with engine.begin() as connection:
         return connection.scalar(insert.on_conflict_do_nothing(index_elements=["slot"]).returning(jobs.c.id))
-
-
-WAITING = {"state": "waiting", "worker": None, "lease": None, "started": None, "progress": 0}
-WAITING["message"] = "It waits for a worker."
 
 
 def cancel(engine: sa.Engine, job: int) -> bool:
@@ -146,74 +141,6 @@ def enqueue_due(engine: sa.Engine, schedule: Mapping[str, str], train_after: int
 # The worker
 
 
-class Claim(NamedTuple):
-    """A job that a worker has, for one attempt."""
-
-    job: int
-    worker: str
-    attempt: int
-
-    def holds(self) -> sa.ColumnElement[bool]:
-        """Return the condition that the job is this worker's, in this attempt."""
-        return (jobs.c.id == self.job) & (jobs.c.worker == self.worker) & (jobs.c.attempt == self.attempt)
-
-    def update(self, engine: sa.Engine, **values: Any) -> bool:
-        """Change the job if it runs by this claim, and return whether it does."""
-        statement = jobs.update().where(self.holds(), jobs.c.state == "running").values(**values)
-        with engine.begin() as connection:
-            return bool(connection.execute(statement).rowcount)
-
-
-def take(engine: sa.Engine, worker: str, lease: int) -> Claim | None:
-    """Take the first job that nobody has, or whose worker has not renewed its lease.
-
-    Args:
-        engine: of the store.
-        worker: the name of who takes it.
-        lease: until when, in microseconds since 1970.
-
-    Returns:
-        The claim, or None where there is nothing to do. A job that was abandoned twice is failed.
-    """
-    with reader(engine).connect() as connection:
-        if not _first(connection):
-            return None
-    with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(20261126)"))  # one worker takes at a time
-        row = _first(connection)
-        if not row:
-            return None
-        values = {"state": "running", "worker": worker, "attempt": row.attempt + 1, "lease": lease, "started": now()}
-        values |= {"progress": 0, "message": "Its process is being started."}
-        if row.attempt == ATTEMPTS:
-            values = _failed(TWICE)
-        unchanged = Claim(row.id, row.worker, row.attempt).holds()  # its worker may renew the lease meanwhile
-        unchanged &= (jobs.c.state == row.state) & (jobs.c.lease == row.lease)
-        done = connection.execute(jobs.update().where(unchanged).values(**values)).rowcount
-    return Claim(row.id, worker, row.attempt + 1) if done and row.attempt < ATTEMPTS else None
-
-
-def _first(connection: sa.Connection) -> sa.Row | None:
-    """Return the job that is to be run next."""
-    at = now()
-    busy = jobs.c.lease.is_not(None) & jobs.c.state.in_(["running", "cancelled"])
-    busy &= (jobs.c.state == "running") | (jobs.c.lease >= at)  # its worker has yet to end what was cancelled
-    kinds = set(connection.scalars(sa.select(jobs.c.kind).where(busy)))
-    excluded = [kind for group in EXCLUSIVE if group & kinds for kind in group]
-    ready = (jobs.c.state == "waiting") & jobs.c.kind.not_in(excluded)
-    abandoned = (jobs.c.state == "running") & (jobs.c.lease < at)
-    return connection.execute(sa.select(jobs).where(ready | abandoned).order_by("id").limit(1)).first()
-
-
-TWICE = "It was ended in the middle twice; see its log."
-
-
-def _failed(message: str) -> dict[str, Any]:
-    """Return the columns of a job that has failed, for a reason."""
-    return {"state": "failed", "lease": None, "finished": now(), "message": message}
-
-
 class Worker:
     """Runs one job at a time, each as a process of its own, and enqueues what is due."""
 
@@ -269,7 +196,7 @@ class Worker:
                 mine = {CLAIM: f"{attempt} {self.name}"}
                 self.process = Guarded([*self.command, job], self._deadline(), log, **mine)
         except OSError as error:
-            self.claim.update(engine, **_failed(f"Its process cannot be started: {error}."))
+            self.claim.update(engine, **failed(f"Its process cannot be started: {error}."))
         return True
 
     def _deadline(self) -> int:
@@ -289,11 +216,11 @@ class Worker:
         """Store how a process ended that may have stored no result."""
         if status < 128 and status != AWAY:
             said = read_log(self.claim.job, 1).strip() or "Its process ended without a result."
-            self._end(engine, **_failed(said[-LONGEST_SENTENCE:]))
+            self._end(engine, **failed(said[-LONGEST_SENTENCE:]))
         elif self.claim.attempt < ATTEMPTS:
             self._end(engine, **WAITING | {"message": "It was ended in the middle and waits to be run again."})
         else:
-            self._end(engine, **_failed(TWICE))
+            self._end(engine, **failed(TWICE))
 
     def _end(self, engine: sa.Engine, **values: Any) -> None:
         """End the process, and have done with its job."""
@@ -362,7 +289,7 @@ def run_job(engine: sa.Engine, kinds: Mapping[str, Callable[..., dict[str, Any]]
         sys.exit(AWAY)
     except Exception as error:  # whatever it is, it is the job's
         traceback.print_exc()
-        values = _failed(_sentence(error))
+        values = failed(_sentence(error))
     while True:
         try:
             claim.update(engine, **values)
