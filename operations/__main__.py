@@ -83,7 +83,8 @@ def main() -> int:
         lock = lock_state()
         (STATE / "server.pid").unlink(missing_ok=True)  # of one that was killed
         for name in ("token", "key"):
-            os.environ.setdefault(f"OPERATIONS_{name.upper()}", read_secret(name))
+            variable = f"OPERATIONS_{name.upper()}"
+            os.environ[variable] = os.environ.get(variable) or read_secret(name)
         engine = open_store()
         migrate(engine)
         engine.dispose()

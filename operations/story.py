@@ -237,8 +237,8 @@ def evaluate(service: Service, say: Callable[[str], Any]) -> dict[str, Any]:
     missed, reported = result["reported"]["missed"], result["reported"]
     say(
         f"Evaluation: of {result['taken_down']} messages taken down, at least {missed['value']:.1%} were missed (95%: "
-        f"{missed['low']:.1%} to {missed['high']:.1%}); that and the spam reported cost at least {reported['cost']:.0f} "
-        "for 1,000 messages, where a spam let through costs 1."
+        f"{missed['low']:.1%} to {missed['high']:.1%}); that and the spam reported cost {reported['cost']:.0f} or "
+        "more for 1,000 messages, where a spam let through costs 1."
     )
     return result
 
