@@ -26,7 +26,7 @@ from engine.saved import MODEL_PATH
 from operations import store
 from operations.evaluation import evaluate_window
 from operations.jobs import run_job
-from operations.promotion import find_model, first_model, keep, promote, roll_back
+from operations.promotion import find_model, first_model, keep, model_path, promote, roll_back
 from operations.registry import add_version
 from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, day_of, day_tables, days, labels, models, now, open_store, reader
