@@ -109,8 +109,13 @@ class Routes(Blueprint):
             try:
                 return queue.run(lambda: view(*args, **kwargs))
             except DBAPIError as error:
-                current_app.logger.warning("The store does not answer: %s", str(error.orig).strip().partition("\n")[0])
+                current_app.logger.warning("The store does not answer: %s", reason(error))
                 message = "the store does not answer; messages are scored all the same: try again later"
                 raise ServiceUnavailable(message, retry_after=RETRY_AFTER) from None
 
         return answer
+
+
+def reason(error: DBAPIError) -> str:
+    """Return the first line of what a database says is wrong."""
+    return str(error.orig).strip().partition("\n")[0]

@@ -16,13 +16,12 @@ NUMBER = f"<int(max={schemas.LARGEST_ID}):"  # of a job or a model
 ON_ITS_WAY = 600 * SECOND  # for which a message may be unknown to the store that was scored
 
 
-def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], keeps_texts: bool, token: str) -> Routes:
+def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], token: str) -> Routes:
     """Return the operator's routes.
 
     Args:
         engine: of the store.
         model, card: what is served.
-        keeps_texts: whether texts may be stored.
         token: that requests must bear.
     """
     routes = Routes("operations", __name__, token)
@@ -122,10 +121,8 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], k
             abort(404, f"there is no message {number}")
         refuse_long(text or "")
         label = word.get("label") or {"complaint": "ham", "spam report": "spam"}[word["source"]]
-        kept = clean(text) if keeps_texts else None
-        is_new = add_label(engine, number, word["source"], int(label == "spam"), kept, found and found["sender"])
-        answer = {"message": number, "source": word["source"], "label": label, "text_kept": bool(kept)}
-        return answer, 201 if is_new else 200
+        is_new = add_label(engine, number, word["source"], int(label == "spam"), clean(text), found and found["sender"])
+        return {"message": number, "source": word["source"], "label": label}, 201 if is_new else 200
 
     @routes.get("/feedback")
     @routes.arguments(schemas.Page, location="query")

@@ -80,7 +80,7 @@ class Word(Schema):
     message = _message()
     source = fields.String(required=True, validate=validate.OneOf(SOURCES))
     label = fields.String(validate=validate.OneOf(["ham", "spam"]), metadata={"description": "of a reviewer"})
-    text = fields.String(metadata={"maxLength": LONGEST_TEXT})
+    text = fields.String(metadata={"maxLength": LONGEST_TEXT, "description": "is kept to learn from"})
 
     @validates_schema
     def check(self, data: dict[str, str], **_: Any) -> None:
@@ -145,7 +145,6 @@ class Stored(Schema):
     message = _message()
     source = fields.String(required=True)
     label = fields.String(required=True)
-    text_kept = fields.Boolean(required=True, metadata={"description": "whether texts are kept, and there was one"})
 
 
 class Model(Schema):

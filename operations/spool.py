@@ -58,7 +58,6 @@ class Recorder:
             shadow = None  # it has been promoted
         self.header = {"card": card, "shadow": shadow and shadow[1]}
         self.params, self.folder, self.key, self.shadow = params, folder, key, shadow
-        self.keeps_texts = params["retention_days"] > 0
         self.lock, self.process = threading.Lock(), None
         self.slot = self.file = self.slot_file = None
         self.last = self.size = self.lost = 0
@@ -76,7 +75,7 @@ class Recorder:
             threshold: that the predictions were made at.
         """
         sender, recipient = (_read(fields, name, LONGEST_ADDRESS) for name in ("sender", "recipient"))
-        region = _read(fields, "region", LONGEST_NAME)
+        region, keeps = _read(fields, "region", LONGEST_NAME), self.params["retention_days"] > 0
         sender = sender and hashlib.blake2b(_bytes(sender), key=self.key, digest_size=8).hexdigest()
         beside = [self._score_beside(text) for text in texts]
         with self.lock:
@@ -86,7 +85,7 @@ class Recorder:
             for text, (prediction, propensity), other in zip(texts, results, beside, strict=True):
                 self.last = number = max(now() * WORKERS + self.slot, self.last + WORKERS)
                 arm = assign(recipient or str(number), self.params["experiment"], self.params["shares"])
-                kept = text if self.keeps_texts else None
+                kept = text if keeps else None
                 numbers.append(str(number))
                 lines.append(json.dumps([number, sender, region, arm, kept, propensity, threshold, prediction, other]))
             self._append("\n".join([*lines, ""]).encode(), len(lines))

@@ -21,10 +21,12 @@ from sqlalchemy.exc import DBAPIError
 from app import create_app
 from engine.files import write
 from engine.server import read_environment, serve
+from operations.access import reason
+from operations.promotion import find_candidate, first_model, model_path
 from operations.routes import make_routes
 from operations.schemas import Problem
 from operations.spool import Recorder
-from operations.store import ROOT, STATE, check_version, models, open_store, reader
+from operations.store import ROOT, STATE, check_version, open_store
 from score import load_card, load_model
 
 PATIENCE = 3  # seconds that a request waits for the store, less than for its turn
@@ -64,7 +66,7 @@ def create_operations_app(
     api = OperationsApi(app)
     api.spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
     api.spec.options["security"] = [{"token": []}]
-    api.register_blueprint(make_routes(engine, model, card, recorder.keeps_texts, token))
+    api.register_blueprint(make_routes(engine, model, card, token))
 
     @app.get("/operations")
     def operations() -> str:
@@ -80,22 +82,23 @@ def load() -> Flask:
         ValueError: the environment, the store or the model is not right.
         FileNotFoundError: there is no model.
     """
-    from operations.pipeline import first_model
-
     key, token = read_secret("OPERATIONS_KEY"), read_secret("OPERATIONS_TOKEN")
     if not key:
         raise ValueError("OPERATIONS_KEY is missing: the hashes of senders need a key, which must stay the same")
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
-    engine = open_store(patience=PATIENCE)
+    engine, shadow, problem = open_store(patience=PATIENCE), None, None
     try:
         check_version(engine)
-        first_model(engine)
         shadow = load_candidate(engine)
     except DBAPIError as error:
-        raise ValueError(f"the store does not answer: {error.orig}") from None
-    finally:
-        engine.dispose()  # a worker must not share a connection with others
-    path = STATE / "models" / "serving" / "best_model.joblib"
+        problem = reason(error)
+    try:
+        path = first_model(engine)
+    except DBAPIError as error:
+        raise ValueError(f"the store does not answer, and no model has served yet: {reason(error)}") from None
+    engine.dispose()  # a worker must not share a connection with others
+    if problem:
+        print(f"The store does not answer, but messages are scored: {problem}", file=sys.stderr, flush=True)
     model, card = load_model(path), load_card(path)
     recorder = Recorder(card, params, STATE / "spool", key.encode(), shadow)
     return create_operations_app(engine, model, card, recorder, token)
@@ -103,12 +106,10 @@ def load() -> Flask:
 
 def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator, dict[str, Any]] | None:
     """Return the newest candidate with its card; None where there is none, or none that can be loaded."""
-    query = sa.select(models.c.sha256).where(models.c.state == "candidate").order_by(models.c.id.desc()).limit(1)
-    with reader(engine).connect() as connection:
-        sha256 = connection.scalar(query)
-    if not sha256:
+    candidate = find_candidate(engine)
+    if not candidate:
         return None
-    path = STATE / "models" / sha256 / "best_model.joblib"
+    path = model_path(candidate.sha256)
     try:
         return load_model(path), load_card(path)
     except (OSError, ValueError) as error:

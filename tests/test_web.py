@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from engine.saved import save_model
 from operations import access, jobs, web
+from operations import store as operations_store
 from operations.actions import act
 from operations.spool import Recorder, move
 from operations.store import WORKERS, evaluations, labels, migrate, now, open_store, register
@@ -230,7 +231,7 @@ def test_feedback_is_taken_before_and_after_the_message_is_stored(store, serve):
     message = service.client.post("/score", json={"text": "x" * 95, "sender": "me", "region": "north"}).json["id"]
     answer = send(service.client, message, text="caf\u00e9 \x00 \ud800")
     assert answer.status_code == 201
-    assert answer.json == {"message": message, "source": "complaint", "label": "ham", "text_kept": True}
+    assert answer.json == {"message": message, "source": "complaint", "label": "ham"}
     [listed] = service.client.get("/feedback").json
     assert (listed["text"], listed["scored"]) == ("caf\u00e9 \ufffd ?", None)
     service.store()
@@ -243,13 +244,6 @@ def test_feedback_is_taken_before_and_after_the_message_is_stored(store, serve):
     assert said[0]["scored"] == {**decision, "model": 1}
     with store.connect() as connection:
         assert None not in connection.scalars(sa.select(labels.c.sender)).all()
-
-
-def test_no_text_is_kept_where_none_may_be(light_store, serve):
-    client = serve(light_store, retention_days=0).client
-    message = client.post("/score", json={"text": "hi"}).json["id"]
-    assert send(client, message, text="hi").json["text_kept"] is False
-    assert client.get("/feedback").json[0]["text"] is None
 
 
 def test_a_text_of_feedback_is_as_long_as_one_to_score(light_store, serve):
@@ -381,7 +375,7 @@ def environment(tmp_path, light_store):
         ({"OPERATIONS_KEY": ""}, "OPERATIONS_KEY is missing"),
         ({"OPERATIONS_TOKEN": "short"}, "OPERATIONS_TOKEN must have at least 16 letters"),
         ({"DATABASE_URL": "sqlite:///{}/new.db"}, "have version none"),
-        ({"DATABASE_URL": "postgresql://nobody@/none?host={}"}, "the store does not answer"),
+        ({"DATABASE_URL": "postgresql://nobody@/none?host={}"}, "no model has served yet"),
         ({"DATABASE_URL": "mysql://x/y"}, "DATABASE_URL must begin with"),
     ],
 )
@@ -425,7 +419,7 @@ def test_it_serves_by_several_workers_and_takes_a_candidate_in(environment, ligh
 
 
 def test_a_candidate_that_cannot_be_loaded_is_left_out(light_store, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(web, "STATE", tmp_path)
+    monkeypatch.setattr(operations_store, "STATE", tmp_path)
     assert web.load_candidate(light_store) is None
     register(light_store, CARD, "candidate")
     assert web.load_candidate(light_store) is None
