@@ -10,14 +10,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import sqlalchemy as sa
 from helpers import ROOT, poll
 
 import operations.jobs
-from operations.claims import TWICE, take
-from operations.jobs import AWAY, cancel, enqueue, enqueue_due, find_job, list_jobs, read_log, run_job, work
+from operations.claims import TWICE, WAITING, take
+from operations.jobs import AWAY, Worker, cancel, enqueue, enqueue_due, find_job, list_jobs, read_log, run_job, work
 from operations.store import SECOND, add_label, jobs, labels, migrate, now, open_store
 
 pytestmark = pytest.mark.operations
@@ -72,7 +73,11 @@ def launch(tmp_path, monkeypatch):
     for worker in started:
         worker.kill()
         worker.communicate()
-    poll(lambda: not alive(tmp_path), "the jobs' processes to end")
+    try:
+        poll(lambda: not alive(tmp_path), "the jobs' processes to end")
+    finally:
+        for process in alive(tmp_path):
+            os.kill(process, signal.SIGKILL)
 
 
 def starts(folder):
@@ -280,11 +285,55 @@ def test_jobs_that_change_the_same_thing_run_one_after_the_other(store):
     assert take(store, "b", lease).job == second
 
 
+def test_workers_that_take_at_the_same_time_take_one_of_such_jobs(store):
+    numbers = [enqueue(store, kind) for kind in ("promote", "roll_back") * 8]
+    begin = Barrier(4)
+
+    def take_together(name):
+        begin.wait()
+        return take(store, name, now() + 60 * SECOND)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in numbers:
+            [claim] = filter(None, pool.map(take_together, "abcd"))
+            assert claim.job == number
+            claim.update(store, state="done", lease=None)
+
+
+def test_a_claim_is_of_one_worker_in_one_attempt(store):
+    job = enqueue(store, "x")
+    first = take(store, "a", now() - 1)
+    again = take(store, "a", now() - 1)
+    assert not first.update(store, progress=0.5)
+    assert again.update(store, **WAITING, attempt=0)  # it gives the job back
+    other = take(store, "b", now() + SECOND)
+    assert other.attempt == first.attempt
+    assert not first.update(store, progress=0.5)
+    assert other.update(store, progress=0.7)
+    assert find_job(store, job)["progress"] == 0.7
+
+
+def test_a_lease_that_is_renewed_at_the_last_moment_holds(postgres):
+    engine, other = (open_store(url) for url in [postgres.url("renewed")] * 2)
+    migrate(engine)
+    enqueue(engine, "x")
+    claim = take(engine, "a", now() - 1)
+
+    def renew(connection, cursor, statement, *_):
+        if statement.startswith("UPDATE jobs"):
+            assert claim.update(other, lease=now() + 60 * SECOND)
+
+    sa.event.listen(engine, "before_cursor_execute", renew)
+    assert take(engine, "b", now() + 60 * SECOND) is None
+    assert claim.update(other, progress=0.5)
+    engine.dispose()
+    other.dispose()
+
+
 def test_what_an_abandoned_job_does_is_not_stored(store, monkeypatch, capfd):
     job = enqueue(store, "x")
-    claim = take(store, "first", now() - 1)
-    assert take(store, "second", now() - 1)[1:] == ("second", 2)
-    assert not claim.update(store, state="done")
+    take(store, "first", now() - 1)
+    assert take(store, "second", now() - 1).attempt == 2
     monkeypatch.setenv("OPERATIONS_CLAIM", "1 first")
     with pytest.raises(SystemExit, match="no longer"):
         run_job(store, {"x": lambda *_: {"result": "wrong"}}, job)
@@ -324,6 +373,16 @@ def test_a_job_that_loses_the_store_is_run_again_by_its_worker(store, monkeypatc
 def test_jobs_are_not_run_by_hand(store):
     with pytest.raises(SystemExit, match=r"python -m operations\.jobs"):
         run_job(store, {}, enqueue(store, "x"))
+
+
+def test_a_job_whose_process_cannot_be_started_fails(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(operations.jobs, "STATE", tmp_path)
+    (tmp_path / "jobs").touch()  # where the folder of logs should be
+    job = enqueue(store, "x")
+    assert Worker(lambda *_, **__: None, ["true"]).step(store)
+    failed = find_job(store, job)
+    assert failed["state"] == "failed"
+    assert failed["message"].startswith("Its process cannot be started: ")
 
 
 def test_the_end_of_a_long_log_is_read(tmp_path, monkeypatch):
@@ -380,6 +439,17 @@ def test_enough_new_labels_start_one_training(store):
 def list_labels(engine):
     with engine.connect() as connection:
         return connection.scalars(sa.select(labels.c.id)).all()
+
+
+def test_the_program_runs_until_it_is_told_to_end(store, tmp_path):
+    environment = {**os.environ, "DATABASE_URL": str(store.url), "OPERATIONS_STATE": str(tmp_path)}
+    job = enqueue(store, "unheard of")
+    with subprocess.Popen([sys.executable, "-m", "operations.jobs"], cwd=ROOT, env=environment) as worker:
+        try:
+            await_state(store, job, "failed")
+        finally:
+            worker.terminate()
+    assert worker.returncode == 0
 
 
 def test_a_schedule_that_cannot_be_read_is_refused():
