@@ -1,51 +1,20 @@
 """Tests of the page in a real browser."""
 
-import contextlib
 import io
 import json
-import shutil
-import threading
 import time
 
-import numpy as np
 import pytest
-from helpers import HAM, SPAM, LengthModel, missing, stub_card
+from helpers import HAM, SPAM, LengthModel, stub_card
 from matplotlib.image import imread
-from playwright.sync_api import expect, sync_playwright
-from werkzeug.serving import make_server
+from pages import contrast, expect_contrast, served
+from playwright.sync_api import expect
 
 from app import create_app
 from score import load_card
 
 SPAM, HAM = SPAM[0], HAM[0]
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, without a window."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        missing("no Chromium on this machine: apt-get install chromium")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=options)
-        yield chromium
-        chromium.close()
-
-
-@contextlib.contextmanager
-def served(app):
-    """Serve an application from a thread."""
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server
-    finally:  # or a failing test would hang
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture
@@ -135,67 +104,6 @@ def test_a_long_message_has_few_elements(page):
     assert page.locator("#message").evaluate("message => message.lastChild.textContent") == "a"
     assert page.locator("*").count() < 400
     assert page.locator("#message").evaluate("message => message.childNodes.length") <= 401
-
-
-COLOURS = """() => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const blend = (colours) => {
-        canvas.clearRect(0, 0, 1, 1);
-        for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255);
-    };
-    const behind = (element) =>
-        element ? [...behind(element.parentElement), getComputedStyle(element).backgroundColor] : [];
-    const found = [];
-    for (const element of [...document.body.querySelectorAll("*")].filter((element) => element.checkVisibility())) {
-        const style = getComputedStyle(element), after = getComputedStyle(element, "::after");
-        const around = behind(element.parentElement), inside = behind(element), card = behind(element.closest(".card"));
-        const name = `${element.tagName} ${element.id || element.className} ${element.textContent.slice(0, 20)}`;
-        const add = (kind, colour, beside) =>
-            found.push({ name, kind, colour: blend([...beside, colour]), beside: blend(beside) });
-        if (style.opacity < 1) throw Error(`faded: ${name}`);
-        if ([...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()))
-            add("text", style.color, inside);
-        if (after.content !== "none") add("text", after.color, inside);
-        if (element.matches("textarea")) {
-            add("text", style.color, inside);
-            add("text", getComputedStyle(element, "::placeholder").color, inside);
-        }
-        if (element.matches("textarea, button:not(.quiet), .meter, .alert"))
-            for (const beside of [around, inside]) add("border", style.borderTopColor, beside);
-        if (element.matches(".meter > *"))
-            for (const beside of [around, card]) add("meter", style.backgroundColor, beside);
-        if (element.matches(".meter > .mark")) add("gap", style.backgroundColor, [style.outlineColor]);
-        if (element.matches("textarea, button, input, a")) {
-            element.focus({ focusVisible: true });
-            if (style.outlineStyle !== "solid") throw Error(`no focus ring: ${name}`);
-            add("focus", style.outlineColor, around);
-            element.blur();
-        }
-    }
-    return found;
-}"""
-
-
-def contrast(one, other):
-    """Return the contrast ratio of two colours, as WCAG 2.2 defines it."""
-    colours = np.array([one, other])
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    dark, light = sorted(linear @ [0.2126, 0.7152, 0.0722])
-    return (light + 0.05) / (dark + 0.05)
-
-
-def expect_contrast(page):
-    """Expect that what a page shows differs enough from what is beside it, and return what was compared."""
-    page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished))")
-    found = page.evaluate(COLOURS)
-    faint = {
-        f"{entry['kind']} of {entry['name']}": ratio
-        for entry in found
-        if (ratio := contrast(entry["colour"], entry["beside"])) < (4.5 if entry["kind"] == "text" else 3)
-    }
-    assert faint == {}
-    return found
 
 
 def expect_slider_to_stand_out(page):
