@@ -222,12 +222,17 @@ def check_version(engine: sa.Engine) -> None:
     """Raise ValueError unless the tables of a store have the version that this program knows."""
     with reader(engine).connect() as connection:
         found = MigrationContext.configure(connection).get_current_revision()
-    known = ScriptDirectory.from_config(_alembic()).get_current_head()
+    known = known_versions()[0]
     if found != known:
         raise ValueError(
             f"the tables of the store have version {found or 'none'}, not {known}: run the newest program with "
             "python -m operations, which brings them to it"
         )
+
+
+def known_versions() -> list[str]:
+    """Return the versions of the tables that this program knows, the newest first."""
+    return [script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()]
 
 
 def _alembic() -> alembic.config.Config:
