@@ -203,14 +203,23 @@ def evaluate(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> di
 
 
 def close_days(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Close the days before yesterday; return how many scores each of them had."""
+    """Close the days before yesterday; return how many scores each of them had.
+
+    Raises:
+        ValueError: some cannot be closed yet; the others are.
+    """
     yesterday = day_of((now() - 86_400 * SECOND) * WORKERS)
     with reader(engine).connect() as connection:
         old = connection.scalars(sa.select(days.c.day).where(days.c.day < yesterday).order_by("day")).all()
-    counts = {}
-    for day in old:
-        report(len(counts) / len(old), f"Closing {day}")
-        counts[day] = store.close_day(engine, day)
+    counts, problems = {}, []
+    for done, day in enumerate(old):
+        report(done / len(old), f"Closing {day}")
+        try:
+            counts[day] = store.close_day(engine, day)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
     return {"days": counts}
 
 

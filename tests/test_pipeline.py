@@ -1,5 +1,6 @@
 """The jobs and what they do to models: operations/pipeline.py, promotion.py, rescoring.py and registry.py."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -14,12 +15,15 @@ from helpers import ROOT, free_port, poll
 from sklearn import __version__ as sklearn_version
 from sklearn.dummy import DummyClassifier
 
-from engine.saved import load_card, save_model
-from operations import pipeline, promotion, rescoring, store
+from engine.saved import load_card, load_model, save_model
+from operations import jobs, pipeline, promotion, rescoring, store
+from operations.actions import act
 from operations.pipeline import KINDS, close_days, read_feedback, run_notebook, scratch, train
 from operations.promotion import find_model, first_model, keep, promote, roll_back, unmet_conditions
+from operations.registry import NAME
 from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, add_label, day_of, insert, models, now, open_store, read_scores, register
+from score import score_batch
 
 pytestmark = pytest.mark.operations
 DAY = 86_400 * SECOND
@@ -492,12 +496,96 @@ def test_nothing_to_score(state, store, candidate):
 
 def test_days_before_yesterday_are_closed_and_old_texts_forgotten(state, store):
     score = {"model": 1, "shadow": False, "propensity": 0.1, "threshold": 0.5, "prediction": False, "region": None}
-    times = [now() - age * DAY for age in range(4)]
+    times = [now() - age * DAY for age in range(5)]
     with store.begin() as connection:
         rows = [{**score, "message": at * WORKERS, "text": "x", "sender": None, "arm": "filtered"} for at in times]
-        insert(connection, rows)
-    closed = {day_of(at * WORKERS): 1 for at in times[:1:-1]}
-    assert close_days(store, {}, ignore) == {"days": closed}
+        insert(connection, [{**row, "action": None if row is rows[3] else "deliver"} for row in rows])
+    waits, *closed = (day_of(times[age] * WORKERS) for age in (3, 2, 4))
+    with pytest.raises(ValueError, match=f"1 scores of the day {waits} have not been acted on"):
+        close_days(store, {}, ignore)
+    act(store, 0.5)
+    assert close_days(store, {}, ignore) == {"days": {waits: 1}}
     assert close_days(store, {}, ignore) == {"days": {}}
+    assert sorted({path.name[:8] for path in (state / "days").iterdir()}) == sorted([waits, *closed])
     assert KINDS["forget"](store, {}, ignore) == {"texts": 2}
     assert KINDS["evaluate"](store, {"start": times[1] - 1}, ignore)["messages"] == 2
+
+
+def test_a_job_is_run_by_a_process_of_its_own(tmp_path, store, store_url, monkeypatch):
+    monkeypatch.setenv("OPERATIONS_STATE", str(tmp_path))
+    monkeypatch.setenv("DATABASE_URL", store_url)
+    monkeypatch.setattr(jobs, "STATE", tmp_path)
+    numbers = [jobs.enqueue(store, kind, {}) for kind in ("forget", "evaluate")]
+    worker = jobs.Worker(lambda engine, at: None, jobs.COMMAND)
+
+    def ended():
+        worker.step(store)
+        return worker.process is None and {"waiting", "running"}.isdisjoint(
+            jobs.find_job(store, number)["state"] for number in numbers
+        )
+
+    poll(ended, "both jobs", 60)
+    done, failed = (jobs.find_job(store, number) for number in numbers)
+    assert (done["state"], done["result"]) == ("done", {"texts": 0})
+    assert failed["state"] == "failed"
+    assert failed["message"] == "nothing was scored in the period to evaluate: choose another one"
+
+
+# The loop, by the notebooks themselves
+
+NOTICES = [
+    f"LockerBox: we could not deliver your package, it is held at {place}. Confirm your address and pay the "
+    f"\u00a3{amount} fee at http://lockerbox-{town}.example/verify/{place[:2].upper()}{amount[-2:]} within {hours} hours"
+    for place in ("Harbour Street", "Mill Lane", "Station Road", "Queens Park", "Northgate", "Oak Avenue", "Riverside")
+    for amount, town, hours in (("1.99", "leeds", 12), ("2.50", "cork", 24), ("3.75", "york", 48), ("1.20", "bath", 24))
+]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A store in which users complain of half of the notices, and what training returned."""
+    folder, patch = tmp_path_factory.mktemp("learned"), pytest.MonkeyPatch()
+    patch.setattr(store, "STATE", folder)
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        patch.delenv(name)  # what runs elsewhere is not what is measured here
+    engine = open_store(f"sqlite:///{folder / 'store.db'}")
+    store.migrate(engine)
+    for i, text in enumerate(NOTICES[::2]):
+        add_label(engine, (now() + i) * WORKERS, "complaint", 0, text)
+    yield engine, train(engine, {}, ignore)
+    engine.dispose()
+    patch.undo()
+
+
+@pytest.mark.notebook
+class TestLoop:
+    """A kind of genuine notice that is taken down passes, once users have complained of it."""
+
+    def test_the_same_kind_of_notice_passes(self, learned):
+        engine, result = learned
+        assert result["labels"] == {"used": 14, "left_out": 0, "without_text": 0}
+        old, new = first_model(engine), promotion.model_path(result["sha256"])
+        taken_down = [
+            sum(spam for spam, _ in score_batch(NOTICES[1::2], load_model(path), load_card(path)["threshold"]))
+            for path in (old, new)
+        ]
+        assert taken_down == [14, 0]
+        assert unmet_conditions(load_card(new), load_card(old), ENOUGH, ALLOWED) == []
+
+    def test_the_registry_gives_it_back_and_knows_which_serves(self, learned, monkeypatch):
+        import mlflow
+
+        engine, result = learned
+        model = mlflow.sklearn.load_model(f"models:/{NAME}/{result['mlflow_version']}")
+        expected = load_model(promotion.model_path(result["sha256"])).predict_proba(NOTICES)
+        assert model.predict_proba(NOTICES) == pytest.approx(expected)
+        client = mlflow.MlflowClient()
+        version = client.get_model_version(NAME, str(result["mlflow_version"]))
+        run = client.get_run(version.run_id).data
+        assert run.params["sha256"] == result["sha256"]
+        assert run.metrics["test_aucpr_today"] == result["figures"]["today"]["aucpr"]
+        monkeypatch.setattr(promotion, "unmet_conditions", lambda *_: [])
+        promote(engine, {"model": result["model"]}, ignore)
+        assert client.get_model_version_by_alias(NAME, "serving").version == version.version
+        roll_back(engine, {}, ignore)
+        assert client.get_registered_model(NAME).aliases == {}
