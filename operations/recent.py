@@ -11,12 +11,25 @@ from typing import Any
 import sqlalchemy as sa
 from sklearn.base import BaseEstimator
 
-from operations.store import WORKERS, day_tables, days, evaluations, find_message, labels, models, reader
+from operations.store import (
+    WORKERS,
+    day_of,
+    day_tables,
+    days,
+    evaluations,
+    find_message,
+    hold_day,
+    labels,
+    models,
+    reader,
+    select_scores,
+)
 from score import explain
 
-LOOKED_BACK = 20_000  # scores of a day
+LOOKED_BACK = 100_000  # scores of a day
 LATEST_DAYS = 2
 MOST_MODELS = 50
+MOST_SOUGHT = 50  # messages in the files of closed days
 MOST_WORDS = 5  # that explain a takedown
 MOST_EXPLAINED = 20_000  # characters of all texts of a list
 
@@ -57,13 +70,22 @@ def strongest_words(text: str, model: BaseEstimator) -> list[dict[str, Any]] | N
 
 
 def list_feedback(engine: sa.Engine, limit: int) -> list[dict[str, Any]]:
-    """Return what was said of messages last, and what the filter had said."""
+    """Return what was said of messages last, and what the filter had said; that is None of a message that is not stored
+    yet, and of more than MOST_SOUGHT messages of closed days."""
     query = sa.select(labels).order_by(labels.c.received.desc()).limit(limit)
     with reader(engine).connect() as connection:
         said = [dict(row) for row in connection.execute(query).mappings()]
+        scored = {}
+        for day in {day_of(row["message"]) for row in said}:
+            if hold_day(connection, day, reads=True):
+                _, scores = day_tables(day)
+                asked = scores.c.message.in_([row["message"] for row in said]) & ~scores.c.shadow
+                found = connection.execute(select_scores(day).where(asked)).mappings()
+                scored |= {row["message"]: dict(row) for row in found}
+    for row in [row for row in said if row["message"] not in scored][:MOST_SOUGHT]:
+        scored[row["message"]] = find_message(engine, row["message"])
     for row in said:
-        row["label"] = "spam" if row["label"] else "ham"
-        row["scored"] = find_message(engine, row["message"])
+        row |= {"label": "spam" if row["label"] else "ham", "scored": scored.get(row["message"])}
     return said
 
 

@@ -23,7 +23,7 @@ from operations import access, jobs, web
 from operations import store as operations_store
 from operations.actions import act
 from operations.spool import Recorder, move
-from operations.store import WORKERS, evaluations, labels, migrate, now, open_store, register
+from operations.store import WORKERS, close_day, day_of, evaluations, labels, migrate, now, open_store, register
 from score import load_card, load_model
 
 pytestmark = pytest.mark.operations
@@ -44,7 +44,8 @@ LISTS = ["/jobs", "/feedback", "/models", "/takedowns", "/evaluations"]
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
     """A function that makes the service on a store, with a client of it."""
-    monkeypatch.setattr(jobs, "STATE", tmp_path)
+    for module in (jobs, operations_store):
+        monkeypatch.setattr(module, "STATE", tmp_path)
     with contextlib.ExitStack() as stack:
 
         def make(engine, token=TOKEN, model=None, card=CARD, shadow=None, **params):
@@ -242,6 +243,8 @@ def test_feedback_is_taken_before_and_after_the_message_is_stored(store, serve):
     assert [(each["source"], each["label"]) for each in said] == [("spam report", "spam"), ("reviewer", "spam")]
     decision = {"propensity": 0.95, "threshold": 0.5, "prediction": True, "action": "take down", "region": "north"}
     assert said[0]["scored"] == {**decision, "model": 1}
+    close_day(store, day_of(int(message)))
+    assert service.client.get("/feedback?limit=2").json == said
     with store.connect() as connection:
         assert None not in connection.scalars(sa.select(labels.c.sender)).all()
 
