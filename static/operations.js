@@ -140,7 +140,7 @@ async function refresh() {
   if (Date.now() >= refreshAt) {
     // One after the other, as the service works on one at a time.
     models = await ask("models");
-    const [takedowns, feedback] = [await ask("takedowns?limit=20"), await ask("feedback?limit=20")];
+    const [takedowns, feedback] = [await ask("takedowns?limit=10"), await ask("feedback?limit=10")];
     const [evaluation] = await ask("evaluations?limit=1");
     showModels(models, refusals);
     showTakedowns(takedowns);

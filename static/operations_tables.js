@@ -26,7 +26,8 @@ function fill(id, rows) {
   for (const row of [...body.rows]) if (!kept.includes(row)) row.remove();
   kept.forEach((row, i) => row !== body.rows[i] && body.insertBefore(row, body.rows[i] ?? null));
   table.hidden = !kept.length;
-  if (table.nextElementSibling?.matches(".hint")) table.nextElementSibling.hidden = kept.length > 0;
+  const sentence = table.nextElementSibling;
+  if (sentence?.matches(".empty")) sentence.hidden = kept.length > 0;
 }
 
 // Keys that look like numbers would be sorted.
@@ -101,7 +102,7 @@ export function showJobs(jobs) {
     const { id, state, progress, message, created } = job;
     const bar = { max: 1, value: progress, "aria-label": `Progress of job ${id}` };
     return [
-      make("th", { scope: "row" }, jobTitle(job)),
+      make("th", { scope: "row", class: "title" }, jobTitle(job)),
       make("td", {}, make("span", { class: `state ${state}` }, state)),
       make("td", { class: "block" }, message, state === "running" ? make("progress", bar) : null),
       make("td", { class: "number" }, time(created)),
@@ -113,40 +114,46 @@ export function showJobs(jobs) {
 
 // Models
 
-const figures = ({ metrics, threshold }) => {
+function measured({ metrics }) {
   const { today, collection } = metrics.test ?? {};
   return {
     "AUCPR today": fixed(today?.aucpr, 4),
     "AUCPR 2006": fixed(collection?.aucpr, 4),
     "Ham blocked today": percent(today?.ham_blocked),
     "Ham blocked 2006": percent(collection?.ham_blocked),
-    threshold: fixed(threshold, 4),
   };
-};
+}
+
+const scoredBeside = ({ shadow }) => (shadow ? count(shadow.messages) : "–");
+const changed = ({ shadow }) => (shadow?.messages ? percent(shadow.changed / shadow.messages) : "–");
 
 export function showModels(models, refusals) {
   fill("models", keyed(models, ({ id }) => id, (model) => {
-    const { id, name, sha256, state, created, promoted, shadow } = model;
-    const { threshold, ...measured } = figures(model);
-    const born = make("small", {}, `threshold ${threshold}, sha256 ${sha256.slice(0, 8)}, made `, time(created));
+    const { id, name, sha256, threshold, state, created, promoted, shadow } = model;
+    const born = make("small", {}, `threshold ${fixed(threshold, 4)}, sha256 ${sha256.slice(0, 8)}, made `, time(created));
     if (promoted) born.append(", promoted ", time(promoted));
     const refused = state === "candidate" && refusals.get(id);
-    const share = shadow?.messages ? `${percent(shadow.changed / shadow.messages)} otherwise` : "otherwise: –";
     return [
-      make("th", { scope: "row", class: "block" }, make("b", {}, `${id} `, written(name)), born,
+      make("th", { scope: "row" }, make("b", {}, `${id} `, written(name)), born,
         refused ? make("small", {}, make("b", {}, "Refused: "), refused) : null),
       make("td", {}, make("span", { class: `state ${state}` }, state)),
-      ...Object.values(measured).map((figure) => make("td", { class: "number" }, figure)),
-      shadow ? make("td", { class: "number" }, count(shadow.messages), make("small", {}, share)) : make("td", {}),
+      ...Object.values(measured(model)).map((figure) => make("td", { class: "number" }, figure)),
+      make("td", { class: "number" },
+        ...(shadow ? [scoredBeside(model), make("small", {}, `${changed(model)} otherwise`)] : [])),
       make("td", { class: "actions" }, state === "candidate" ? button("promote", model, "Promote…") : null),
     ];
   }));
 }
 
-export function compare(old, candidate) {
+export function compare(old, other) {
   element("old-model").textContent = `model ${old.id} serves`;
-  element("new-model").textContent = `model ${candidate.id}`;
-  const [before, after] = [figures(old), figures(candidate)];
+  element("new-model").textContent = `model ${other.id}`;
+  const [before, after] = [old, other].map((model) => ({
+    ...measured(model),
+    "Messages scored on the side": scoredBeside(model),
+    "of them decided otherwise": changed(model),
+    Threshold: fixed(model.threshold, 4),
+  }));
   fill("comparison", Object.fromEntries(Object.keys(before).map((name) => [name.replaceAll(" ", "-"), [
     make("th", { scope: "row" }, name),
     ...[before, after].map((of) => make("td", { class: "number" }, of[name])),
@@ -171,7 +178,7 @@ export function showEvaluation(evaluation) {
     const share = result.messages ? `${percent(result[part] / result.messages)} of ${count(result.messages)} messages` : "";
     element(part.replace("_", "-")).replaceChildren(count(result[part]), make("small", {}, share));
   }
-  element("cost").replaceChildren(cost(result.reported.cost), make("small", {}, "spam let through costs 1 each"));
+  element("cost").replaceChildren(cost(result.reported.cost), make("small", {}, "by what users said, where a spam let through costs 1"));
   const parts = [["all", result.reported], ...Object.entries(result.regions)];
   fill("reported", keyed(parts.map(([region, said], i) => ({ region, said, i })), ({ i }) => i, ({ region, said }) => [
     make("th", { scope: "row" }, written(region)),

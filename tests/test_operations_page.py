@@ -32,7 +32,9 @@ TAKEN_DOWN = [
     "Hi mum, I dropped my phone and this is my new number. Text me on WhatsApp on 07700 900123 as soon as you can x",
 ]
 DELIVERED = "Crypto alert: your wallet received 2.4 BTC. Withdraw at coin-vault.example"
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title = 'owned'</script> \u202e\x07 FREE prize!"
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"><script>document.title = 'owned'</script> \u202e\x07 FREE prize!"
+)
 PARAMS = {
     "retention_days": 7,
     "experiment": "unfiltered share",
@@ -66,7 +68,7 @@ def add_traffic(engine, count=4000, model=1, candidate=2):
     """Store a day of messages without texts, some of which a candidate scored too, with what users said of them."""
     random = np.random.default_rng(0)
     spam = random.random(count) < 0.2
-    propensities = np.where(spam, random.beta(8, 0.5, count), random.beta(0.3, 6, count))
+    propensities = np.where(spam, random.beta(8, 0.5, count), random.beta(0.3, 3 - 2.8 * (random.random(count) < 0.02)))
     numbers = (ago(days=1, hours=1) + np.arange(count) * 82_800 * SECOND // count) * WORKERS
     rows = []
     for i in range(count):
@@ -86,6 +88,9 @@ def add_traffic(engine, count=4000, model=1, candidate=2):
         add_label(engine, int(numbers[i]), "complaint", 0)
     for i in np.flatnonzero(spam & (~taken_down | (np.arange(count) % 10 == 0))):
         add_label(engine, int(numbers[i]), "spam report", 1)
+    with engine.begin() as connection:  # each was said two hours after its message
+        received = store.labels.c.message / WORKERS + 7200 * SECOND
+        connection.execute(store.labels.update().values(received=sa.cast(received, sa.BigInteger)))
 
 
 def put_job(engine, kind, arguments=None, **values):
