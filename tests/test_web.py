@@ -318,6 +318,23 @@ def test_without_the_store_messages_are_scored_all_the_same(serve, tmp_path, url
     engine.dispose()
 
 
+def test_the_store_goes_away_and_comes_back(postgres, serve):
+    engine = open_store(postgres.url("away_from_web"), patience=1)
+    migrate(engine)
+    client = serve(engine).client
+    message = client.post("/score", json={"text": "hi"}).json["id"]
+    assert client.get("/jobs").status_code == 200
+    postgres.kill()
+    try:
+        statuses = [client.get("/jobs").status_code, send(client, message).status_code]
+        scored = client.post("/score", json={"text": "hi"}).status_code
+    finally:
+        postgres.start()
+    assert (statuses, scored) == ([503, 503], 200)
+    assert send(client, message).status_code == 201
+    engine.dispose()
+
+
 def test_a_store_that_hangs_holds_up_neither_scoring_nor_writing(light_store, serve, monkeypatch):
     service, goes_on = serve(light_store), threading.Event()
     monkeypatch.setattr(jobs, "list_jobs", lambda *_: goes_on.wait(30) and [])
