@@ -23,9 +23,10 @@ from engine.experiment import assign
 from operations.store import ROOT, STATE
 
 NOTICES = Path(__file__).with_name("notices.tsv")
-MESSAGES = 1000
+MESSAGES, SPAM = 1000, 330  # that arrive, and how many of them are spam: there are too few of today for a fifth
 BATCH = 100
 COMPLAIN, REPORT = 0.5, 0.1  # shares of users who say that a message is missing, or that one is spam
+LISTED = 200  # messages in the longest list that the service gives
 PATIENCE = 900  # seconds for a job
 
 
@@ -135,8 +136,7 @@ def read_messages(path: Path, params: dict[str, Any]) -> tuple[pd.DataFrame, pd.
     random, regions = np.random.default_rng(0), params["impact"]["regions"]
     test = pd.read_csv(path, keep_default_na=False)
     today, notices = test[test["source"] == "today"], read_notices("a")
-    counts = {1: round(params["action"]["spam_share"] * MESSAGES)}
-    counts[0] = MESSAGES - counts[1] - len(notices)
+    counts = {1: SPAM, 0: MESSAGES - SPAM - len(notices)}
     parts = [today[today["label"] == label].sample(count, random_state=0) for label, count in counts.items()]
     parts.append(pd.DataFrame({"text": notices, "label": 0, "is_notice": True}))
     messages = pd.concat(parts, ignore_index=True)[["text", "label", "is_notice"]].sample(frac=1, random_state=0)
@@ -203,10 +203,11 @@ def receive(
             answer["prediction"] and assign(recipient, params["experiment"], params["shares"]) == "filtered"
         )
     messages["id"], messages["taken_down"] = names, taken_down
-    expected = set(messages.loc[messages["taken_down"], "id"])
+    expected = messages.loc[messages["taken_down"], "id"].tolist()
 
     def are_acted_on() -> bool:
-        return expected <= {row["message"] for row in service.call("GET", "/takedowns?limit=200")}
+        seen = {row["message"] for row in service.call("GET", f"/takedowns?limit={LISTED}")}
+        return seen >= set(sorted(expected)[-LISTED:])
 
     wait_until(are_acted_on, "what is taken down to be seen in the store")
     wrong = messages["taken_down"] & (messages["label"] == 0)
