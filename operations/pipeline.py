@@ -22,11 +22,11 @@ import pandas as pd
 import sqlalchemy as sa
 import yaml
 
-from engine.saved import MODEL_PATH
+from engine.saved import MODEL_PATH, load_card
 from operations import store
 from operations.evaluation import evaluate_window
 from operations.jobs import run_job
-from operations.promotion import find_model, first_model, keep, model_path, promote, roll_back
+from operations.promotion import find_model, first_model, keep, model_path, promote, reload_service, roll_back
 from operations.registry import add_version
 from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, day_of, day_tables, days, labels, models, now, open_store, reader
@@ -189,6 +189,8 @@ def train(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[
         is_new = not connection.scalar(sa.select(sa.exists().where(models.c.sha256 == card["sha256"])))
     version = add_version(model_path(card["sha256"]), card, {"labels": used}) if is_new else None
     model, is_new = store.register(engine, card, "candidate", version)
+    if is_new:
+        reload_service(load_card(serving)["sha256"])  # so that it scores on the side
     found = find_model(engine, model)
     result = {"model": model, "sha256": found.sha256, "state": found.state, "mlflow_version": found.mlflow_version}
     return {**result, "is_new": is_new, "figures": card["metrics"]["test"], "labels": counts}

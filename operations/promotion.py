@@ -155,18 +155,21 @@ def _replace(
     load_model(model_path(new.sha256))
     _switch(engine, old, new, of_old, of_new)
     try:
-        reloaded = _reload(new.sha256)
+        reloaded = reload_service(new.sha256)
     except TimeoutError as error:
         _switch(engine, new, old, {"state": new.state, "promoted": new.promoted}, {"promoted": old.promoted})
         with suppress(TimeoutError):
-            _reload(old.sha256)
+            reload_service(old.sha256)
         raise ValueError(f"model {old.id} serves on, for {error}") from error
     mark_serving(new.mlflow_version)
     return {"model": new.id, "before": old.id, "sha256": new.sha256, "reloaded": reloaded}
 
 
-def _reload(sha256: str) -> bool:
-    """Have a running service load the model that serves, and wait until it answers by it.
+def reload_service(sha256: str) -> bool:
+    """Have a running service load the model that serves and the newest candidate, and wait until it answers.
+
+    Args:
+        sha256: of the model that serves.
 
     Returns:
         Whether a service is running.

@@ -37,6 +37,7 @@ state, port, deaf = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "deaf"
 def load(*_):
     global card
     card = (state / "models/serving/best_model.json").read_bytes()
+    print("loaded", flush=True)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -44,10 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(card)
     def log_message(self, *_):
         pass
-load()
 signal.signal(signal.SIGHUP, signal.SIG_IGN if deaf else load)
 server = HTTPServer(("127.0.0.1", port), Handler)
-print("ready", flush=True)
+load()
 server.serve_forever()
 """
 
@@ -125,7 +125,7 @@ def service(state, tmp_path):
         path.write_text(SERVICE)
         command = [sys.executable, path, state, str(port), deaf]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout.readline() == "ready\n"
+        assert processes[-1].stdout.readline() == "loaded\n"
         (state / "server.pid").write_text(f"{processes[-1].pid} {port}\n")
         return processes[-1]
 
@@ -403,6 +403,13 @@ def test_what_came_back_makes_a_candidate(state, store, said, notebooks):
     assert train(store, {}, ignore) == {**result, "is_new": False}
 
 
+def test_a_running_service_is_told_of_a_new_candidate(state, store, notebooks, service):
+    first_model(store)
+    process = service()
+    train(store, {}, ignore)
+    assert process.stdout.readline() == "loaded\n"
+
+
 def test_a_model_equal_to_the_one_that_serves_is_no_candidate(state, store, notebooks):
     notebooks.spam = 10
     result = train(store, {}, ignore)
@@ -520,9 +527,8 @@ def test_a_job_is_run_by_a_process_of_its_own(tmp_path, store, store_url, monkey
 
     def ended():
         worker.step(store)
-        return worker.process is None and {"waiting", "running"}.isdisjoint(
-            jobs.find_job(store, number)["state"] for number in numbers
-        )
+        found = [jobs.find_job(store, number)["state"] for number in numbers]
+        return worker.process is None and {"waiting", "running"}.isdisjoint(found)
 
     poll(ended, "both jobs", 60)
     done, failed = (jobs.find_job(store, number) for number in numbers)
@@ -535,7 +541,7 @@ def test_a_job_is_run_by_a_process_of_its_own(tmp_path, store, store_url, monkey
 
 NOTICES = [
     f"LockerBox: we could not deliver your package, it is held at {place}. Confirm your address and pay the "
-    f"\u00a3{amount} fee at http://lockerbox-{town}.example/verify/{place[:2].upper()}{amount[-2:]} within {hours} hours"
+    f"\u00a3{amount} fee at http://lockerbox-{town}.example/verify/{place[:2]}{amount[-2:]} within {hours} hours"
     for place in ("Harbour Street", "Mill Lane", "Station Road", "Queens Park", "Northgate", "Oak Avenue", "Riverside")
     for amount, town, hours in (("1.99", "leeds", 12), ("2.50", "cork", 24), ("3.75", "york", 48), ("1.20", "bath", 24))
 ]
