@@ -21,7 +21,7 @@ from operations.backup import ARTEFACTS, back_up, main, restore
 from operations.dump import load_schema
 from operations.promotion import first_model
 from operations.spool import Recorder, move
-from operations.store import add_label, close_day, day_of, insert, labels, now, read_scores, reader
+from operations.store import add_label, close_day, day_of, insert, labels, now, open_store, read_scores, reader
 from score import score
 
 pytestmark = pytest.mark.operations
@@ -292,9 +292,53 @@ def test_nothing_is_restored_while_the_store_is_open(filled, store, tmp_path):
 def test_a_store_that_is_damaged_can_be_replaced(filled, store, tmp_path):
     made = back_up(tmp_path / "backups")
     (tmp_path / "store.db").write_bytes(b"nothing" * 1000)
-    (tmp_path / "store.db-wal").write_bytes(b"nothing" * 1000)
     restore(made)
     assert rows(store, filled / "days")[1] == 1
+    store.dispose()
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_a_log_that_is_left_of_a_lost_store_is_not_read_into_the_new_one(filled, store, tmp_path):
+    made = back_up(tmp_path / "backups")
+    add_label(store, 8, "complaint", 0)
+    shutil.copy(tmp_path / "store.db-wal", tmp_path / "log")
+    store.dispose()
+    (tmp_path / "store.db").unlink()
+    (tmp_path / "log").rename(tmp_path / "store.db-wal")
+    restore(made)
+    assert rows(store, filled / "days")[1] == 1
+    store.dispose()
+
+
+def test_a_score_that_is_moved_while_it_is_backed_up_is_neither_lost_nor_doubled(filled, store, tmp_path, monkeypatch):
+    record = Recorder(stub_card(sha256="a" * 64), PARAMS, filled / "spool")
+    names = record({}, ["x"] * 20, [(False, 0.1)] * 20, 0.5)
+    move(store, filled / "spool")
+    names += record({}, ["x"] * 20, [(False, 0.1)] * 20, 0.5)
+    record.close()
+    mover, hold_day = threading.Thread(target=move, args=(store, filled / "spool")), backup.hold_day
+
+    def begin_to_move(*arguments, **options):  # when the moment has come, and before the files are found
+        mover.start()
+        mover.join(0.5)
+        return hold_day(*arguments, **options)
+
+    def open_and_listen():
+        engine = open_store()
+        # When the lock is gone, and before the files are copied, all is moved.
+        sa.event.listen(engine, "checkin", lambda *_: mover.ident and mover.join())
+        return engine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backup, "hold_day", begin_to_move)
+        patch.setattr(backup, "open_store", open_and_listen)
+        made = back_up(tmp_path / "backups")
+    assert not list((filled / "spool").glob("*.jsonl"))
+    store.dispose()
+    restore(made)
+    assert len(rows(store, filled / "days")[0]) == 22
+    move(store, filled / "spool")
+    assert [str(number) for number in rows(store, filled / "days")[0][2:]] == names
     store.dispose()
 
 

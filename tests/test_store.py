@@ -285,17 +285,42 @@ def test_days_are_closed_while_others_write_and_read(store, tmp_path):
     assert sorted(found) == [i * 1000 + k for i in (2, 3) for k in [*range(20), *range(100, 120)]]
 
 
-def test_tables_that_are_read_are_not_dropped(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 1)
-    add(store, *(row(MIDNIGHT + i) for i in range(3)))
-    begun = read_scores(store, MIDNIGHT, MIDNIGHT + DAY, tmp_path)
-    first = next(begun)
+def is_waiting(engine):
+    """Tell whether somebody waits for a lock; on SQLite nobody can tell."""
+    if engine.dialect.name == "sqlite":
+        return True
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with reader(engine).connect() as connection:
+        return connection.scalar(sa.text(waiting)) > 0
+
+
+def test_a_day_is_not_closed_before_rows_that_are_being_written_are_there(store, tmp_path):
+    add(store, row(MIDNIGHT))
     with ThreadPoolExecutor(1) as pool:
-        closing = pool.submit(close_day, store, "20261124", tmp_path)
-        poll(lambda: list(tmp_path.glob("*.parquet")), "the file of the day")
-        assert len(pd.concat([first, *begun])) == 3
-        assert closing.result() == 3
-    assert read(store, MIDNIGHT, MIDNIGHT + DAY, tmp_path) == [0, 1, 2]
+        with store.begin() as connection:
+            insert(connection, [row(MIDNIGHT + 1)])
+            closing = pool.submit(close_day, store, "20261124", tmp_path)
+            poll(lambda: is_waiting(store), "the other to wait")
+        assert closing.result() == 2
+    assert read(store, MIDNIGHT, MIDNIGHT + DAY, tmp_path) == [0, 1]
+
+
+def test_a_day_that_is_about_to_be_read_is_not_dropped(store, tmp_path, monkeypatch):
+    add(store, row(MIDNIGHT))
+    closed_parts = module.closed_parts
+    with ThreadPoolExecutor(1) as pool:
+
+        def close_before(*arguments):
+            monkeypatch.undo()
+            closing.append(pool.submit(close_day, store, "20261124", tmp_path))
+            poll(lambda: closing[0].done() or is_waiting(store), "the other to wait")
+            return closed_parts(*arguments)
+
+        closing = []
+        monkeypatch.setattr(module, "closed_parts", close_before)
+        assert read(store, MIDNIGHT, MIDNIGHT + DAY, tmp_path) == [0]
+        assert closing[0].result() == 1
+    assert read(store, MIDNIGHT, MIDNIGHT + DAY, tmp_path) == [0]
 
 
 # Forgetting
