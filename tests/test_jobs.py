@@ -15,9 +15,10 @@ from threading import Barrier
 import pytest
 import sqlalchemy as sa
 from helpers import ROOT, poll
+from sqlalchemy.exc import OperationalError
 
 import operations.jobs
-from operations.claims import TWICE, WAITING, take
+from operations.claims import TWICE, WAITING, Claim, take
 from operations.jobs import AWAY, Worker, cancel, enqueue, enqueue_due, find_job, list_jobs, read_log, run_job, work
 from operations.store import SECOND, add_label, jobs, labels, migrate, now, open_store
 
@@ -71,6 +72,9 @@ def launch(tmp_path, monkeypatch):
 
     yield start
     for worker in started:
+        worker.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(20)
         worker.kill()
         worker.communicate()
     try:
@@ -102,7 +106,7 @@ def await_state(engine, job, *states, seconds=60):
     """Wait for a state of a job, and return the job."""
 
     def look():
-        with contextlib.suppress(sa.exc.OperationalError):
+        with contextlib.suppress(OperationalError):
             found = find_job(engine, job)
             return found["state"] in states and found
 
@@ -156,6 +160,7 @@ def test_a_job_that_goes_wrong_fails_with_a_sentence(kind, message, store, monke
     assert message in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.fault
 def test_a_job_that_is_killed_runs_once_more(store, launch, tmp_path):
     job = enqueue_waiting(store, tmp_path)
     launch(store)
@@ -168,12 +173,12 @@ def test_a_job_that_is_killed_runs_once_more(store, launch, tmp_path):
     assert not alive(tmp_path)
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg])
-def test_a_job_outlives_its_worker_and_its_processes_do_not(kill, store, launch, tmp_path):
+@pytest.mark.fault
+def test_a_job_outlives_its_worker_and_its_processes_do_not(store, launch, tmp_path):
     job = enqueue_waiting(store, tmp_path)
     worker = launch(store)
     await_starts(tmp_path, 1)
-    kill(worker.pid, signal.SIGKILL)
+    os.killpg(worker.pid, signal.SIGKILL)
     poll(lambda: not alive(tmp_path), "the job's processes to end with their worker", 3)
     launch(store)
     await_starts(tmp_path, 2)
@@ -183,6 +188,7 @@ def test_a_job_outlives_its_worker_and_its_processes_do_not(kill, store, launch,
     assert len(list_jobs(store)) == 1
 
 
+@pytest.mark.fault
 def test_a_worker_that_slept_past_its_lease_has_lost_its_job(store, launch, tmp_path):
     job = enqueue_waiting(store, tmp_path)
     sleeper = launch(store, lease=2)
@@ -229,6 +235,7 @@ def test_cancelling_ends_all_processes_of_a_job(store, launch, tmp_path):
     assert find_job(store, 999) is None
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("lease", [60, 2])
 def test_a_job_outlives_a_store_that_is_killed(lease, postgres, launch, tmp_path):
     engine = open_store(postgres.url(f"killed_{lease}"))
@@ -368,6 +375,24 @@ def test_a_job_that_loses_the_store_is_run_again_by_its_worker(store, monkeypatc
     assert ended.value.code == AWAY
     assert find_job(store, job)["state"] == "running"
     away.dispose()
+
+
+def test_a_job_goes_on_where_its_reports_cannot_be_stored(store, monkeypatch):
+    job = enqueue(store, "x")
+    take(store, "first", now() + SECOND)
+    monkeypatch.setenv("OPERATIONS_CLAIM", "1 first")
+
+    def fail(*_, **__):
+        raise OperationalError("UPDATE jobs", {}, OSError("the store is away"))
+
+    def report_in_vain(engine, arguments, report):
+        with monkeypatch.context() as patch:
+            patch.setattr(Claim, "update", fail)
+            report(0.5, "half of it is done")
+        return {"sum": 5}
+
+    run_job(store, {"x": report_in_vain}, job)
+    assert find_job(store, job)["result"] == {"sum": 5}
 
 
 def test_jobs_are_not_run_by_hand(store):
