@@ -43,7 +43,7 @@ const count = (number) => new Intl.NumberFormat("en").format(number);
 const fixed = (number, digits) => (number == null ? "–" : number.toFixed(digits).replace("-", "\u2212"));
 // Small shares get a digit more, or 3 of 10,000 would look like none.
 const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.01 ? 2 : 1)}%`);
-const range = (figure, write) => `${write(figure.low)} to ${write(figure.high)}`;
+const range = ({ low, high }, write) => `${write(low).replace("%", "")} to ${write(high)}`;
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
 

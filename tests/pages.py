@@ -25,7 +25,7 @@ def served(app: Flask) -> Iterator[BaseWSGIServer]:
         server.server_close()
 
 
-COLOURS = """() => {
+COLOURS = """(within) => {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
     const blend = (colours) => {
         canvas.clearRect(0, 0, 1, 1);
@@ -35,7 +35,8 @@ COLOURS = """() => {
     const behind = (element) =>
         element ? [...behind(element.parentElement), getComputedStyle(element).backgroundColor] : [];
     const found = [];
-    for (const element of [...document.body.querySelectorAll("*")].filter((element) => element.checkVisibility())) {
+    const all = [...document.querySelector(within).querySelectorAll("*")];
+    for (const element of all.filter((element) => element.checkVisibility())) {
         const style = getComputedStyle(element), after = getComputedStyle(element, "::after");
         const around = behind(element.parentElement), inside = behind(element), card = behind(element.closest(".card"));
         const name = `${element.tagName} ${element.id || element.className} ${element.textContent.slice(0, 20)}`;
@@ -73,10 +74,10 @@ def contrast(one: Any, other: Any) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def expect_contrast(page: Page) -> list[dict[str, Any]]:
-    """Expect that what a page shows differs enough from what is beside it, and return what was compared."""
+def expect_contrast(page: Page, within: str = "body") -> list[dict[str, Any]]:
+    """Expect that what is shown within some element differs enough from what is beside it; return what was compared."""
     page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished))")
-    found = page.evaluate(COLOURS)
+    found = page.evaluate(COLOURS, within)
     faint = {
         f"{entry['kind']} of {entry['name']}": ratio
         for entry in found

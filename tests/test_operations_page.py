@@ -1,14 +1,13 @@
 """Tests of the operator's page in a real browser."""
 
 import json
-import shutil
 import sys
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from helpers import launched, poll, stub_card
+from helpers import launched, stub_card
 from pages import expect_contrast, served
 from playwright.sync_api import expect
 
@@ -24,8 +23,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.operations]
 TOKEN = "the-token-of-the-operator"
 REGIONS = ("north", "south", "islands")
 TAKEN_DOWN = [
-    "Your parcel is held at our depot because a fee of £1.99 is unpaid. Pay today at parcel-desk.example/fee or it goes "
-    "back to the sender",
+    "Your parcel is held at our depot because a fee of £1.99 is unpaid. Pay today at parcel-desk.example/fee",
     "Your free trial ends today. Reply STOP to cancel or call 0800 555 0199, or £9.99 a month will be charged",
     "WINNER! Your number was drawn for a £500 voucher. To claim call 09061700000 now, 12 hours only",
     "Your bank\u200b account is locked. Verify your details now: \u202eelpmaxe.knab-ruoy\u202c",
@@ -172,7 +170,7 @@ def open_page(browser):
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", faults.append)
+        page.on("pageerror", lambda error: faults.append(error))
         page.on("console", lambda said: faults.append(said.text) if "Content Security" in said.text else None)
         page.on("request", lambda sent: None if "//127.0.0.1" in sent.url else faults.append(sent.url))
         page.goto(f"{url}/operations")
@@ -195,3 +193,430 @@ def sign_in(page, token=TOKEN):
 def row(page, table, text):
     """Return the row of a table that holds a text."""
     return page.locator(f"#{table} tr", has_text=text)
+
+
+def kinds(engine):
+    """Return the kinds and arguments of the jobs of a store, the first one first."""
+    return [(job["kind"], job["arguments"]) for job in reversed(jobs.list_jobs(engine))]
+
+
+def change(engine, number, **values):
+    """Change a job, as its worker does."""
+    with engine.begin() as connection:
+        connection.execute(store.jobs.update().where(store.jobs.c.id == number).values(**values))
+
+
+# The token
+
+
+def test_a_wrong_token_is_asked_for_again_and_the_right_one_is_kept_in_the_tab(url, open_page):
+    page = open_page(url, token=None)
+    expect(page.locator("main")).to_be_hidden()
+    expect(page.get_by_label("Token")).to_be_focused()
+    for wrong, sentence in (("wrong", "not the token of the operator"), ("t\u00f6ken", "signs of ASCII only")):
+        sign_in(page, wrong)
+        expect(page.locator("#trouble")).to_contain_text(sentence)
+        expect(page.get_by_label("Token")).to_be_focused()
+        assert page.evaluate("sessionStorage.length") == 0
+    sign_in(page)
+    expect(page.locator("main")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_label("Token")).to_be_hidden()
+    page.reload()
+    expect(page.locator("main")).to_be_visible()
+    assert page.evaluate("[document.cookie, localStorage.length]") == ["", 0]
+    assert TOKEN not in page.content()
+    assert TOKEN not in page.url
+
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.locator("main")).to_be_hidden()
+    expect(page.get_by_label("Token")).to_have_value("")
+    assert page.evaluate("sessionStorage.length") == 0
+    page.reload()
+    expect(page.get_by_label("Token")).to_be_focused()
+
+
+def test_a_token_that_is_no_longer_right_takes_everything_away(url, engine, open_page):
+    add_messages(engine, TAKEN_DOWN, now())
+    page = open_page(url)
+    expect(page.locator("#takedowns tr")).to_have_count(len(TAKEN_DOWN))
+    page.route("**/jobs?*", lambda route: route.fulfill(status=401, json={"error": "no"}))
+    page.get_by_role("button", name="Train").click()
+    expect(page.locator("#trouble")).to_contain_text("not the token of the operator")
+    expect(page.locator("main")).to_be_hidden()
+    assert "parcel-desk" not in page.content()
+
+
+# What it shows
+
+
+def test_an_empty_store_says_what_to_do(url, open_page):
+    page = open_page(url)
+    for sentence in (
+        "No job has been ordered yet.",
+        "There is no model yet:",
+        "Nothing has been evaluated yet. Evaluate the last day",
+        "Nothing has been taken down yet.",
+        "Nobody has said anything yet.",
+    ):
+        expect(page.get_by_text(sentence)).to_be_visible()
+    expect(page.locator("table")).to_have_count(page.locator("table:not(:visible)").count())
+    expect(page.get_by_role("button", name="Roll back")).to_be_hidden()
+    expect(page.get_by_role("status")).to_have_text("No job is running.")
+
+
+def test_what_is_in_the_store_is_shown(url, engine, open_page):
+    fill(engine)
+    page = open_page(url)
+    candidate, serving = row(page, "models", "candidate"), row(page, "models", "serving")
+    expect(candidate).to_contain_text("0.97120.98460.94%0.0%1,3340.30% otherwise", use_inner_text=False)
+    expect(candidate).to_contain_text("Refused: model 2 is not promoted: it has scored 214 messages")
+    expect(serving).to_contain_text("0.96590.98461.1%0.0%", use_inner_text=False)
+    expect(serving.get_by_role("button")).to_have_count(0)
+    expect(row(page, "models", "retired")).to_contain_text("0.9131\u2013\u2013\u2013", use_inner_text=False)
+
+    takedowns = page.locator("#takedowns tr")
+    expect(takedowns).to_have_count(10)
+    expect(takedowns.nth(2)).to_contain_text("09061700000+5.1", use_inner_text=False)
+    expect(takedowns.nth(0)).to_contain_text("0.9903 ≥ 0.9091")
+    expect(takedowns.nth(9)).to_contain_text("text not kept")
+    iso = takedowns.nth(0).locator("time").get_attribute("title")
+    assert abs(datetime.fromisoformat(iso) - datetime.now(UTC)) < timedelta(minutes=5)
+
+    expect(page.locator("#feedback tr")).to_have_count(10)
+    said = row(page, "feedback", "Your free trial")
+    expect(said).to_contain_text("Complaint: it is ham")
+    expect(said).to_contain_text("taken down0.9900 ≥ 0.9091", use_inner_text=False)
+    expect(row(page, "feedback", "Reviewer: it is spam")).to_contain_text("text not kept")
+    expect(row(page, "feedback", "Crypto alert")).to_contain_text("Report: it is spam")
+
+    with engine.connect() as connection:
+        result = json.loads(connection.scalar(sa.select(store.evaluations.c.result)))
+    expect(page.locator("#taken-down")).to_contain_text(f"{result['taken_down']:,}")
+    expect(page.locator("#delivered")).to_contain_text(f"of {result['messages']:,} messages")
+    missed, precision = result["reported"]["missed"], result["estimated"]["precision"]
+    expect(row(page, "reported", "all")).to_contain_text(f"{missed['count']}, {missed['value']:.1%}")
+    expect(page.locator("#reported tr")).to_have_count(1 + len(REGIONS))
+    expect(row(page, "estimated", "precision")).to_contain_text(
+        f"{100 * precision['low']:.1f} to {precision['high']:.1%}"
+    )
+    expect(page.locator("#period time")).to_have_count(3)
+
+    expect(row(page, "jobs", "Job 2: train")).to_contain_text("done")
+    expect(row(page, "jobs", "Job 2: train")).to_contain_text("6 min 12 s")
+    expect(row(page, "jobs", "Job 5: train").get_by_role("progressbar")).to_have_attribute("value", "0.42")
+    expect(page.get_by_role("status")).to_have_text("Job 5, train, is running: Executing train.ipynb, cell 17 of 38")
+
+
+def test_an_evaluation_without_estimates_says_why(url, engine, open_page):
+    add_messages(engine, TAKEN_DOWN, now())
+    evaluate_window(engine)
+    page = open_page(url)
+    expect(page.locator("#notes")).to_contain_text("precision and recall cannot be estimated: wait")
+    expect(page.locator("#estimated-part")).to_be_hidden()
+    expect(row(page, "reported", "all")).to_contain_text("0, 0.0%")
+    expect(row(page, "reported", "all")).to_contain_text("\u2013")  # nothing was delivered
+
+
+def test_a_complaint_that_comes_before_its_message_is_stored(url, engine, open_page):
+    add_label(engine, now() * WORKERS, "complaint", 0, "I miss it")
+    page = open_page(url)
+    expect(row(page, "feedback", "I miss it")).to_contain_text("not known yet")
+
+
+def test_hostile_texts_are_inert(url, engine, open_page, tmp_path):
+    [number] = add_messages(engine, [f"{HOSTILE} WINNER! To claim call 09061700000 now"], now())
+    add_label(engine, number, "complaint", 0, HOSTILE)
+    card = load_card()
+    register(engine, {**card, "name": HOSTILE[:99]}, "serving")
+    job = put_job(engine, "train", **over("failed", message=HOSTILE, result=json.dumps({"<b>": HOSTILE})))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / f"{job}.log").write_text(HOSTILE, encoding="utf-8")
+    page = open_page(url)
+    expect(page.locator("#takedowns .text")).to_contain_text("<img src=x")
+    assert page.locator("#takedowns .sign").first.text_content() == "U+202E"
+    assert "\u202e" not in page.locator("main").evaluate("main => main.querySelector('#takedowns').innerText")
+    row(page, "jobs", "failed").get_by_role("button", name="Log").click()
+    expect(page.locator("#log-lines")).to_contain_text("<script>")
+    expect(page.locator("#log-result-lines")).to_contain_text("<img src=x")
+    assert page.locator("img, body script, b:text-is('')").count() == 0
+    assert page.title().startswith("Operations")
+    assert page.locator("#jobs .block, #feedback .text").evaluate_all(
+        "all => all.every(one => getComputedStyle(one).unicodeBidi === 'isolate')"
+    )
+
+
+def test_a_very_long_text_is_cut(url, engine, open_page):
+    add_label(engine, now() * WORKERS, "complaint", 0, "x" * 10_000)
+    page = open_page(url)
+    expect(page.locator("#feedback .text")).to_contain_text("x … and 9,000 more characters")
+    assert page.locator("#feedback .text").evaluate("text => text.offsetHeight") < 200
+
+
+# Orders
+
+
+def test_orders_become_jobs_and_their_progress_is_shown(url, engine, open_page, tmp_path):
+    page = open_page(url)
+    status = page.get_by_role("status")
+    expect(status).to_have_text("No job is running.")
+    page.get_by_role("button", name="Train on what came back").click()
+    expect(status).to_have_text("Job 1, train, waits for a worker.")
+    page.get_by_role("button", name="Train on what came back").click()
+    expect(status).to_have_text("Job 1, train, waits for a worker. Wait for it, or cancel it.")
+    page.get_by_role("button", name="Evaluate the last day").click()
+    expect(page.locator("#jobs tr")).to_have_count(2)
+    assert kinds(engine) == [("train", {}), ("evaluate", {})]
+
+    change(engine, 1, **running(progress=0.25, message="Executing prepare.ipynb"))
+    expect(row(page, "jobs", "Job 1").get_by_role("progressbar")).to_have_attribute("value", "0.25")
+    expect(status).to_have_text("Job 1, train, is running: Executing prepare.ipynb")
+    log = page.get_by_role("button", name="Log: log 1")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "1.log").write_text("a line\n")
+    log.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#log-lines")).to_have_text("a line\n", use_inner_text=False)
+    (tmp_path / "jobs" / "1.log").write_text("a line\nanother\n")
+    change(engine, 1, progress=0.5)
+    expect(page.locator("#log-lines")).to_contain_text("another")
+    page.keyboard.press("Escape")
+    expect(log).to_be_focused()
+    expect(row(page, "jobs", "Job 1").get_by_role("progressbar")).to_have_attribute("value", "0.5")
+    expect(log).to_be_focused()  # though its row has changed
+    change(engine, 1, state="failed", message="train.ipynb failed: no room on the disk", finished=now())
+    expect(status).to_have_text("Job 1, train, has failed: train.ipynb failed: no room on the disk")
+    expect(page.get_by_role("progressbar")).to_have_count(0)
+
+
+def test_a_job_is_cancelled(url, engine, open_page):
+    number = put_job(engine, "train", **running(progress=0.1))
+    page = open_page(url)
+    page.get_by_role("button", name=f"Cancel: cancel {number}").click()
+    expect(row(page, "jobs", "train")).to_contain_text("It was cancelled.")
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+    assert jobs.find_job(engine, number)["state"] == "cancelled"
+
+
+def test_an_order_that_is_refused_says_why(url, engine, open_page):
+    number = put_job(engine, "train", **running())
+    page = open_page(url)
+    expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    jobs.cancel(engine, number)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#refusal")).to_contain_text(
+        f"The order was not taken: job {number} is over, so it cannot be cancelled: it is cancelled."
+    )
+    page.get_by_role("button", name="Evaluate").click()
+    expect(page.locator("#refusal")).to_be_hidden()
+
+
+def press(page, *keys):
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def test_promoting_is_confirmed_by_keyboard(url, engine, open_page):
+    fill(engine)
+    page = open_page(url)
+    button = row(page, "models", "candidate").get_by_role("button", name="Promote")
+    dialog = page.get_by_role("dialog", name="Promote model 2?")
+    button.focus()
+    press(page, "Enter")
+    expect(dialog).to_contain_text("Model 2 takes the place of model 1 for all users.")
+    expect(dialog).to_contain_text("operations.promotion in params.yaml")
+    expect(dialog).to_contain_text("it has scored 214 messages in shadow, of 1000 needed")
+    expect(row(page, "comparison", "AUCPR today")).to_contain_text("0.96590.9712", use_inner_text=False)
+    for keys in (["Escape"], ["Enter", "Tab", "Enter"]):  # the Enter on the title does nothing
+        press(page, *keys)
+        expect(dialog).to_be_hidden()
+        expect(button).to_be_focused()
+        assert len(kinds(engine)) == 5
+        press(page, "Enter")
+        expect(dialog).to_be_visible()
+    press(page, "Tab", "Tab", "Enter")
+    expect(page.get_by_role("status")).to_have_text("Job 6, promote model 2, waits for a worker.")
+    assert kinds(engine)[5:] == [("promote", {"model": 2})]
+    change(engine, 6, state="failed", message="model 2 is not promoted: AUCPR (today) falls", finished=now())
+    expect(page.get_by_role("status")).to_contain_text("has failed: model 2 is not promoted: AUCPR (today) falls")
+    expect(row(page, "models", "candidate")).to_contain_text("Refused: model 2 is not promoted: AUCPR (today) falls")
+
+
+def test_rolling_back_is_confirmed(url, engine, open_page):
+    fill(engine)
+    page = open_page(url)
+    page.get_by_role("button", name="Roll back").click()
+    dialog = page.get_by_role("dialog", name="Roll back to model 3?")
+    expect(dialog).to_contain_text("Model 3, which served before, takes the place of model 1")
+    dialog.get_by_role("button", name="Not now").click()
+    page.get_by_role("button", name="Roll back").click()
+    dialog.get_by_role("button", name="Roll back").click()
+    expect(page.get_by_role("status")).to_have_text("Job 6, roll back, waits for a worker.")
+    assert kinds(engine)[5:] == [("roll_back", {})]
+
+
+# Faults
+
+
+def test_a_store_that_is_away_is_told_and_asked_again(url, engine, open_page, tmp_path):
+    add_messages(engine, TAKEN_DOWN, now())
+    page = open_page(url)
+    expect(page.locator("#takedowns tr")).to_have_count(len(TAKEN_DOWN))
+    engine.dispose()
+    (tmp_path / "store.db").rename(tmp_path / "away.db")
+    (tmp_path / "store.db").mkdir()
+    page.get_by_role("button", name="Evaluate").click()
+    expect(page.locator("#refusal")).to_contain_text("The order was not taken: the store does not answer")
+    expect(page.locator("#trouble")).to_contain_text("The store does not answer; messages are scored all the same")
+    expect(page.locator("#trouble")).to_contain_text("The page goes on trying; what it shows is of ")
+    expect(page.locator("#takedowns tr")).to_have_count(len(TAKEN_DOWN))
+    (tmp_path / "store.db").rmdir()
+    (tmp_path / "away.db").rename(tmp_path / "store.db")
+    expect(page.locator("#trouble")).to_be_hidden(timeout=15_000)
+
+
+def test_too_many_requests_are_waited_out(url, open_page):
+    page = open_page(url, token=None)
+    page.clock.install()
+    asked = []
+
+    def refuse(route):
+        asked.append(route.request.url)
+        route.fulfill(status=429, headers={"Retry-After": "40"}, json={"error": "too many requests: wait 40 seconds"})
+
+    page.route("**/jobs?*", refuse)
+    sign_in(page)
+    expect(page.locator("#trouble")).to_have_text("Too many requests: wait 40 seconds. The page goes on trying.")
+    page.clock.run_for(39_000)
+    assert len(asked) == 1
+    page.unroute("**/jobs?*")
+    page.clock.run_for(2_000)
+    expect(page.locator("#trouble")).to_be_hidden()
+    expect(page.locator("main")).to_be_visible()
+
+
+@pytest.mark.parametrize(("status", "says"), [(None, "does not answer"), (502, "answered with status 502")])
+def test_a_service_that_is_gone_is_told(url, open_page, status, says):
+    page = open_page(url)
+    expect(page.locator("main")).to_be_visible()
+    page.route("**/*", lambda route: route.fulfill(status=status, body="<h1>bad") if status else route.abort())
+    page.get_by_role("button", name="Train").click()
+    expect(page.locator("#refusal")).to_have_text(f"The order was not taken: the service {says}.")
+    expect(page.locator("#trouble")).to_contain_text(
+        f"The service {says}. The page goes on trying; what it shows is of"
+    )
+
+
+def test_it_asks_modestly_and_not_at_all_while_hidden(url, engine, open_page):
+    page = open_page(url, token=None)
+    page.clock.install()
+    asked, answered = [], []
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.on("requestfinished", lambda sent: answered.append(sent.url))
+
+    def requests_in(seconds):
+        before = len(asked)
+        for _ in range(seconds):
+            page.clock.run_for(1000)
+            settled = -1
+            while settled != len(asked) or len(answered) < len(asked):
+                settled = len(asked)
+                page.evaluate("new Promise(requestAnimationFrame)")
+        return len(asked) - before
+
+    sign_in(page)
+    expect(page.get_by_role("status")).to_have_text("No job is running.")
+    assert 10 <= requests_in(30) <= 20
+    put_job(engine, "train", **running())
+    page.clock.run_for(10_000)
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    assert 20 <= requests_in(30) <= 35
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+    page.clock.run_for(3000)
+    assert requests_in(15) == 0
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    assert requests_in(1) > 0
+
+
+def test_without_javascript_it_says_what_it_needs(url, open_page):
+    page = open_page(url, token=None, java_script_enabled=False)
+    expect(page.locator("noscript p")).to_contain_text("This page needs JavaScript")
+    expect(page.locator("noscript a")).to_have_attribute("href", "operations/openapi.json")
+    for part in page.locator("main, form, dialog").all():
+        expect(part).to_be_hidden()
+    answer = page.goto(f"{url}/operations/openapi.json")
+    assert answer.json()["openapi"].startswith("3.1")
+
+
+# How it looks
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (320, "dark"), (768, "light")])
+def test_it_fits_the_screen_and_stands_out(url, engine, open_page, width, scheme):
+    fill(engine)
+    add_label(engine, now() * WORKERS, "complaint", 0, "x" * 300)
+    add_messages(engine, [f"WINNER! To claim call 09061700000 now {'w' * 200}"], now())
+    page = open_page(url, viewport={"width": width, "height": 700}, color_scheme=scheme)
+    expect(page.get_by_role("button", name="Promote")).to_be_visible()
+
+    def fits():
+        return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") and page.locator(
+            "dialog[open], .card"
+        ).evaluate_all("all => all.every(one => one.scrollWidth <= one.clientWidth)")
+
+    assert fits()
+    found = expect_contrast(page)
+    assert {entry["kind"] for entry in found} == {"text", "border", "meter", "gap", "focus"}
+    for name in ("Promote", "Log: log 3"):
+        page.get_by_role("button", name=name).press("Enter")
+        expect(page.locator("dialog[open]")).to_be_visible()
+        assert fits()
+        expect_contrast(page, "dialog[open]")
+        page.keyboard.press("Escape")
+    labels = page.locator("#jobs td[data-label]").first.evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert labels == ('"State"' if width == 320 else "none")
+    page.get_by_role("button", name="Sign out").click()
+    sign_in(page, "wrong")
+    expect(page.locator("#trouble")).to_be_visible()
+    expect_contrast(page)
+    assert fits()
+
+
+def test_forced_colours(url, engine, open_page):
+    fill(engine)
+    page = open_page(url, forced_colors="active")
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    expect_contrast(page)
+
+
+def test_tables_say_what_they_hold(url, engine, open_page):
+    fill(engine)
+    page = open_page(url)
+    expect(page.locator("#models tr")).to_have_count(3)
+    for table in page.locator("table").all():
+        assert table.locator("caption").text_content()
+        assert table.locator("thead th").evaluate_all("all => all.every(one => one.scope === 'col')")
+    for name in ("jobs", "models", "reported", "estimated"):
+        rows = page.locator(f"#{name} tr")
+        assert page.locator(f"#{name} th[scope=row]").count() == rows.count() > 0
+
+
+# The program
+
+
+def test_the_service_as_it_is_run(open_page, engine, tmp_path):
+    environment = {
+        "OPERATIONS_STATE": str(tmp_path),
+        "DATABASE_URL": engine.url.render_as_string(),
+        "OPERATIONS_TOKEN": TOKEN,
+        "OPERATIONS_KEY": "k" * 16,
+        "WORKERS": "2",
+    }
+    with launched(sys.executable, "-m", "operations.web", **environment) as (_, url):
+        add_messages(engine, TAKEN_DOWN, now())
+        page = open_page(url)
+        expect(page.locator("#takedowns tr")).to_have_count(len(TAKEN_DOWN))
+        expect(row(page, "models", "serving")).to_be_visible()
+        page.get_by_role("button", name="Train").click()
+        expect(page.get_by_role("status")).to_have_text("Job 1, train, waits for a worker.")
+        assert kinds(engine) == [("train", {})]
