@@ -30,7 +30,8 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run impact style check test coverage serve ui notebooks transfer bench attack evaluate image up down hooks \
+.PHONY: help run impact style check test coverage serve ui notebooks transfer bench attack evaluate \
+	operate story backup restore forget image up down hooks \
 	lock clean clean-experiments
 
 help:  ## list the targets
@@ -77,6 +78,7 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 
 bench: build/bench/requirements.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
+	build/bench/bin/python -m benchmarks.storing
 
 attack: .venv/requirements.txt  ## attack the service with bad input, faults and heavy clients
 	$(BIN)/python -m benchmarks.attack
@@ -84,6 +86,22 @@ attack: .venv/requirements.txt  ## attack the service with bad input, faults and
 evaluate: .venv/requirements.txt  ## measure the saved model on FILE, a labelled file of your own
 	@test -n "$(FILE)" || { echo "Name the file to evaluate on: make evaluate FILE=messages.csv" >&2; exit 1; }
 	@$(BIN)/python -m operations.evaluate "$(FILE)"
+
+operate: .venv/requirements-operations.txt  ## run the service with its store, jobs and actions, and the operator's page
+	PORT=$(PORT) $(BIN)/python -m operations
+
+story: .venv/requirements-operations.txt build/prepare.ipynb  ## send messages to it, complain, train on that, promote
+	@$(BIN)/python -m operations.story
+
+backup: .venv/requirements-operations.txt  ## save store, models, registry and data of the operator to backups/
+	@$(BIN)/python -m operations.backup
+
+restore: .venv/requirements-operations.txt  ## bring back the backup FROM, a folder that make backup wrote
+	@test -n "$(FROM)" || { echo "Name the folder of the backup: make restore FROM=backups/..." >&2; exit 1; }
+	@$(BIN)/python -m operations.restore "$(FROM)"
+
+forget: .venv/requirements-operations.txt  ## delete the texts that have been kept as long as params.yaml allows
+	@$(BIN)/python -m operations.store
 
 image:  ## build the container image
 	docker build --build-arg BASE -t sms-spam .
