@@ -504,7 +504,7 @@ def forget(engine: sa.Engine, retention_days: float, folder: Path | None = None)
         How many texts were deleted.
 
     Raises:
-        RuntimeError: copies of some are left; the sentence says where, and what to do.
+        RuntimeError: copies of some are left; the sentence says where.
     """
     limit, count = now() - int(retention_days * 86_400 * SECOND), 0
     with engine.begin() as connection:
@@ -521,20 +521,34 @@ def forget(engine: sa.Engine, retention_days: float, folder: Path | None = None)
             is_busy, *_ = connection.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             left.append("programs that read the store keep its log of writes from being emptied")
-    if waiting := _count_texts(folder or STATE / "spool", limit):
-        left.append(f"{waiting} lie in files on their way to the store, which go when the service begins others")
+    if waiting := _forget_lines(engine, folder or STATE / "spool", limit):
+        left.append(f"{waiting} wait in files for python -m operations.spool to store them")
     if left:
         raise RuntimeError(f"{count} texts were deleted, but copies are left: {'; '.join(left)}: try again later")
     return count
 
 
-def _count_texts(folder: Path, limit: int) -> int:
-    """Count the texts older than a time in files of `operations.spool`, whose names begin with the time of theirs."""
-    old = [path for path in folder.glob("*.jsonl") if int(path.name.partition("-")[0]) < limit]
-    count = 0
-    for path in old:
-        with suppress(FileNotFoundError), open(path, "rb") as file:  # it may have been moved meanwhile
-            next(file, None)  # the header
-            rows = (json.loads(line) for line in file if line.endswith(b"\n"))
-            count += sum(number < limit * WORKERS and text is not None for number, _, _, _, text, *_ in rows)
-    return count
+def _forget_lines(engine: sa.Engine, folder: Path, limit: int) -> int:
+    """Blank the lines of files of `operations.spool` that are stored and hold texts older than a time.
+
+    A worker keeps its file as long as it lives; what has been stored of it is not read again.
+
+    Returns:
+        The number of such lines that are not stored yet.
+    """
+    waiting = 0
+    with reader(engine).connect() as connection:
+        stored = dict(connection.execute(sa.select(spool.c.file, spool.c.offset)).all())
+    for path in folder.glob("*.jsonl"):
+        with suppress(FileNotFoundError), open(path, "r+b") as file:  # it may have gone meanwhile
+            position = len(file.readline())  # the header
+            for line in file:
+                if line.endswith(b"\n") and not line.isspace():
+                    number, _, _, _, text, *_ = json.loads(line)
+                    if text is not None and number < limit * WORKERS:
+                        if position < stored.get(path.name, 0):
+                            os.pwrite(file.fileno(), b" " * (len(line) - 1), position)
+                        else:
+                            waiting += 1
+                position += len(line)
+    return waiting

@@ -15,11 +15,13 @@ import sqlalchemy as sa
 from helpers import ROOT, SPAM, poll, stub_card
 
 from engine.saved import MODEL_PATH, load_model
-from operations import backup
+from operations import archive, backup
+from operations import restore as restoring
 from operations import store as module
-from operations.backup import ARTEFACTS, back_up, main, restore
+from operations.backup import back_up, main
 from operations.dump import load_schema
 from operations.promotion import first_model
+from operations.restore import ARTEFACTS, restore
 from operations.spool import Recorder, move
 from operations.store import add_label, close_day, day_of, insert, labels, now, open_store, read_scores, reader
 from score import score
@@ -33,7 +35,7 @@ DAY = 86_400 * 10**6
 def state(tmp_path, monkeypatch, store_url):
     """The folder of a state; DATABASE_URL names its store, and the project has an offline remote of DVC."""
     monkeypatch.setattr(module, "STATE", tmp_path / "state")
-    monkeypatch.setattr(backup, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(archive, "ROOT", tmp_path / "project")
     monkeypatch.setenv("DATABASE_URL", store_url)
     remote = tmp_path / "project" / ".dvc" / "storage" / "files"
     remote.mkdir(parents=True)
@@ -109,7 +111,7 @@ def test_what_was_there_when_it_was_backed_up_is_there_after_all_was_lost(
     from mlflow import MlflowClient
 
     shutil.copytree(registry, state, dirs_exist_ok=True)
-    backup._move_artefacts(state / "mlflow.db", registry, state)
+    restoring._move_artefacts(state / "mlflow.db", registry, state)
     (state / "token").write_text("a token of the operator")
     serving = first_model(store)
     expected = score(SPAM[0], load_model(serving), 0.5)
@@ -145,7 +147,7 @@ def test_what_was_there_when_it_was_backed_up_is_there_after_all_was_lost(
 
     # All is lost.
     shutil.rmtree(state)
-    shutil.rmtree(backup.ROOT / ".dvc" / "storage")
+    shutil.rmtree(archive.ROOT / ".dvc" / "storage")
     if store.dialect.name == "sqlite":
         for path in tmp_path.glob("store.db*"):
             path.unlink()
@@ -170,7 +172,7 @@ def test_what_was_there_when_it_was_backed_up_is_there_after_all_was_lost(
     assert score(SPAM[0], load_model(moved / "models" / "serving" / MODEL_PATH.name), 0.5) == expected
     assert (moved / "models" / "serving").is_symlink()
     assert (moved / "token").read_text() == "a token of the operator"
-    assert (backup.ROOT / ".dvc" / "storage" / "files" / "ab").read_text() == "data"
+    assert (archive.ROOT / ".dvc" / "storage" / "files" / "ab").read_text() == "data"
     version = MlflowClient(f"sqlite:///{moved / 'mlflow.db'}").get_model_version_by_alias("model", "serving")
     assert version.source.startswith(moved.as_uri())
     assert Path(version.source.removeprefix("file://")).read_text() == "an artefact"
@@ -194,7 +196,7 @@ def test_all_places_in_which_mlflow_names_artefacts_are_known(registry):
 
 def test_what_was_there_is_kept_beside_what_is_restored(filled, store, tmp_path, capsys):
     assert main(["--folder", str(tmp_path / "backups")]) == 0
-    [made] = (tmp_path / "backups").iterdir()
+    [made] = (tmp_path / "backups").glob("2*")
     assert capsys.readouterr().out == f"Backed up to {made}\n"
     old = contents(filled)
     add_label(store, 8, "complaint", 0)
@@ -356,7 +358,20 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_backup(filled, tmp_path, capsys
     said = capsys.readouterr().err
     assert said.startswith("No backup was made: ")
     assert said.count("\n") == 1
-    assert not list((tmp_path / "backups").iterdir())
+    assert [path.name for path in (tmp_path / "backups").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_one_backup_is_made_at_a_time_and_what_a_killed_one_left_goes(filled, tmp_path):
+    left = tmp_path / "backups" / "20261124T000000Z.part"
+    left.mkdir(parents=True)
+    with open(left.parent / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another backup is being made in "):
+            back_up(left.parent)
+    assert left.exists()
+    back_up(left.parent)
+    assert not left.exists()
 
 
 def test_a_disk_that_is_full_leaves_what_is_there(filled, tmp_path, capsys):
@@ -394,7 +409,7 @@ def test_a_dump_that_ends_early_leaves_the_tables_of_the_store(filled, store, tm
     made = back_up(tmp_path / "backups")
     before = contents(filled)
     content = (made / "store.dump").read_bytes()
-    monkeypatch.setattr(backup, "load_schema", lambda engine, path, kept: load_schema(engine, cut, kept))
+    monkeypatch.setattr(restoring, "load_schema", lambda engine, path, kept: load_schema(engine, cut, kept))
     for size in (0, 100, len(content) // 2, len(content) - 100):
         cut = tmp_path / "cut.dump"
         cut.write_bytes(content[:size])

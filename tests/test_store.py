@@ -17,6 +17,7 @@ from alembic.migration import MigrationContext
 from helpers import ROOT, poll, stub_card
 
 from operations import store as module
+from operations.spool import Recorder, move
 from operations.store import (
     SCHEMA,
     SECOND,
@@ -363,13 +364,24 @@ def test_texts_that_a_reader_keeps_in_the_log_of_writes_are_not_said_to_be_gone(
     engine.dispose()
 
 
-def test_texts_on_their_way_to_the_store_are_not_said_to_be_gone(store, tmp_path):
-    old, new = now() - 3 * DAY, now()
-    lines = [{"card": {}}, [old * WORKERS, None, None, "x", "a secret"], [old * WORKERS + 1, None, None, "x", None]]
-    lines += [[new * WORKERS, None, None, "x", "a text"]]
-    content = "".join(json.dumps(line) + "\n" for line in lines) + "[17"
-    (tmp_path / f"{old}-000.jsonl").write_text(content)
-    (tmp_path / f"{new}-001.jsonl").write_text(content)
-    with pytest.raises(RuntimeError, match=r"^0 texts were deleted, but copies are left: 1 lie in files on their way"):
-        forget(store, 2, tmp_path)
-    assert forget(store, 4, tmp_path) == 0
+def test_texts_are_forgotten_in_the_file_of_a_worker_that_lives(store, tmp_path):
+    params = {"experiment": "x", "shares": {"filtered": 1.0}, "spool_bytes": 1e9, "retention_days": 7}
+    record = Recorder(stub_card(), {**params, "shadow_share": 0.0}, tmp_path / "spool")
+    names = record({}, ["a secret", "another secret"], [(False, 0.1)] * 2, 0.5)
+    move(store, tmp_path / "spool")
+    names += record({}, ["a third secret"], [(False, 0.1)], 0.5)
+    [file] = (tmp_path / "spool").glob("*.jsonl")
+    assert forget(store, 1, tmp_path / "spool") == 0
+    assert file.read_bytes().count(b"secret") == 3
+    with pytest.raises(RuntimeError, match=r"^2 texts were deleted, but copies are left: 1 wait in files for python"):
+        forget(store, 0, tmp_path / "spool")
+    assert file.read_bytes().count(b"secret") == 1
+    move(store, tmp_path / "spool")
+    assert forget(store, 0, tmp_path / "spool") == 1
+    assert b"secret" not in file.read_bytes()
+    names += record({}, ["a fourth secret"], [(False, 0.1)], 0.5)
+    record.close()
+    move(store, tmp_path / "spool")
+    assert texts(store) == ["a fourth secret"]
+    found = pd.concat(read_scores(store, now() - 3600 * SECOND, now() + SECOND, tmp_path))
+    assert found["message"].astype(str).tolist() == names
