@@ -68,13 +68,13 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], t
             refuse_unknown_model(fields["model"])
         return order("rescore", fields)
 
-    @routes.post(f"/models/{NUMBER}model>/promote")
+    @routes.post(f"/models/{NUMBER}number>/promote")
     @routes.alt_response(404, schema=schemas.Problem, description="There is no such model")
     @accepted
-    def promote(model):
+    def promote(number):
         """Serve a candidate, if it meets the conditions"""
-        refuse_unknown_model(model)
-        return order("promote", {"model": model})
+        refuse_unknown_model(number)
+        return order("promote", {"model": number})
 
     @routes.post("/models/roll-back")
     @accepted
@@ -102,10 +102,10 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], t
     @routes.alt_response(409, schema=schemas.Problem, description="It is over")
     def cancel_job(job):
         """Cancel a job"""
-        found = find_job(job)
+        find_job(job)
         if not jobs.cancel(engine, job):
             abort(409, f"job {job} is over, so it cannot be cancelled: it is {find_job(job)['state']}")
-        return find_job(found["id"])
+        return find_job(job)
 
     @routes.post("/feedback")
     @routes.arguments(schemas.Word)

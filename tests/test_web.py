@@ -269,7 +269,8 @@ def test_takedowns_are_shown_with_the_words_that_did_it(store, serve):
     assert abs(int(shown[0]["message"]) // WORKERS - now()) < 60 * 10**6
     assert len(service.client.get("/takedowns?limit=1").json) == 1
     # Another model does not know why this one took them down.
-    [after] = serve(store).client.get("/takedowns?limit=1").json
+    other = {**card, "sha256": "c" * 64}
+    [after] = serve(store, model=load_model(), card=other).client.get("/takedowns?limit=1").json
     assert after["why"] is None
 
 
