@@ -68,7 +68,7 @@ def answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def launched(
-    *command: str, host: str = "127.0.0.1", seconds: float = 30, **environment: str
+    *command: str, host: str = "127.0.0.1", seconds: float = 30, folder: Path = ROOT, **environment: str
 ) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run a server and give its process and address once it answers; leave nothing of it behind.
 
@@ -76,12 +76,13 @@ def launched(
         command: what runs it, `python app.py` by default; {port} stands for the port.
         host: how its address is written.
         seconds: how long it may take to answer.
+        folder: where it is run.
         environment: variables that it gets besides those of this process.
     """
     port = environment.setdefault("PORT", str(free_port()))
     process = subprocess.Popen(
         [part.replace("{port}", port) for part in command or (sys.executable, str(ROOT / "app.py"))],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -96,6 +97,23 @@ def launched(
         yield process, url
     finally:
         end(process)
+
+
+@contextlib.contextmanager
+def operated(
+    state: Path, folder: Path = ROOT, **environment: str
+) -> Iterator[tuple[subprocess.Popen, str, dict[str, str]]]:
+    """Run all programs of operations; give the process, the service's address, and the header that bears the token.
+
+    Args:
+        state: the folder of their state.
+        folder: of the project.
+        environment: variables that they get besides those of this process.
+    """
+    clean = dict.fromkeys(("DATABASE_URL", "OPERATIONS_TOKEN", "OPERATIONS_KEY"), "")  # none of this machine's own
+    variables = {**clean, "OPERATIONS_STATE": str(state), "WORKERS": "1", **environment}
+    with launched(sys.executable, "-m", "operations", seconds=90, folder=folder, **variables) as (process, url):
+        yield process, url, {"Authorization": f"Bearer {(state / 'token').read_text()}"}
 
 
 def end(process: subprocess.Popen) -> None:

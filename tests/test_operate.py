@@ -4,28 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 import sqlalchemy as sa
-from helpers import SPAM, children, free_port, launched, poll
+from helpers import SPAM, children, free_port, operated, poll
 
 from operations.store import day_tables, days, open_store
 
 pytestmark = pytest.mark.operations
-
-
-@contextmanager
-def operated(state, **environment):
-    """Run all programs on a state; gives the process, the address of the service, and what carries the token."""
-    # None of the machine's own.
-    clean = dict.fromkeys(("DATABASE_URL", "OPERATIONS_TOKEN", "OPERATIONS_KEY"), "")
-    command = (sys.executable, "-m", "operations")
-    variables = {**clean, "OPERATIONS_STATE": str(state), "WORKERS": "1", **environment}
-    with launched(*command, seconds=90, **variables) as (process, url):
-        yield process, url, {"Authorization": f"Bearer {(state / 'token').read_text()}"}
 
 
 def programs(process):

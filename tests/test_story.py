@@ -1,0 +1,26 @@
+"""The loop from end to end: messages, complaints, labels, a candidate, its promotion, and the way back."""
+
+import pytest
+import requests
+from helpers import operated, poll
+
+from operations.story import read_notices, tell
+
+pytestmark = [pytest.mark.operations, pytest.mark.notebook]
+
+
+def test_what_users_complain_of_is_learned_and_can_be_undone(prepared, tmp_path):
+    said = []
+    with operated(tmp_path / "state", prepared, WORKERS="2") as (_, url, token):
+        health = requests.get(f"{url}/health", timeout=10).json()
+        told = tell(url, token["Authorization"].removeprefix("Bearer "), prepared / "data" / "test.csv", said.append)
+        promoted = requests.get(f"{url}/health", timeout=10).json()
+        requests.post(f"{url}/models/roll-back", headers=token, timeout=10).raise_for_status()
+        poll(lambda: requests.get(f"{url}/health", timeout=10).json() == health, "the first model to be back", 90)
+    assert told["notices_taken_down"] >= 10
+    assert told["evaluation"]["messages"] == 1000
+    assert told["evaluation"]["reported"]["missed"]["count"] == told["complaints"] > 0
+    assert promoted["sha256"] == told["candidate"]["sha256"] != health["sha256"]
+    assert told["lost"] == 0 < told["answered"]
+    assert told["after"] < told["before"] < len(read_notices("b"))
+    assert len(said) == 7
