@@ -240,11 +240,15 @@ export function showTakedowns(takedowns) {
 const SAID = { complaint: "Complaint", "spam report": "Report", reviewer: "Reviewer" };
 const DONE = { "take down": "taken down", label: "delivered with a warning", deliver: "delivered" };
 
+// Some users get everything, so that the errors of the filter are known.
+const decided = ({ action, prediction }) =>
+  action === "deliver" && prediction ? "delivered to a user without a filter" : (DONE[action] ?? "not acted on yet");
+
 export function showFeedback(feedback) {
   fill("feedback", keyed(feedback, (of) => `${of.message}-${of.source.replace(" ", "-")}`, ({ source, label, text, received, scored }) => [
     make("td", { class: "block" },
       make("div", { class: `state ${label}` }, `${SAID[source] ?? source}: it is ${label}`), message(text)),
-    make("td", {}, ...(scored ? [DONE[scored.action] ?? "not acted on yet", make("small", {}, against(scored))]
+    make("td", {}, ...(scored ? [decided(scored), make("small", {}, against(scored))]
       : ["not known yet"])),
     where(received, scored?.region),
   ]));

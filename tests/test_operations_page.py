@@ -1,6 +1,7 @@
 """Tests of the operator's page in a real browser."""
 
 import json
+import shutil
 import sys
 from datetime import UTC, datetime, timedelta
 
@@ -151,6 +152,25 @@ def engine(tmp_path):
     engine.dispose()
 
 
+@pytest.fixture(scope="module")
+def filled_file(tmp_path_factory):
+    """The file of a store with a little of everything."""
+    path = tmp_path_factory.mktemp("filled") / "store.db"
+    engine = open_store(f"sqlite:///{path}")
+    migrate(engine)
+    fill(engine)
+    engine.dispose()
+    return path
+
+
+@pytest.fixture
+def filled(engine, filled_file):
+    """A store with a little of everything."""
+    engine.dispose()
+    shutil.copy(filled_file, engine.url.database)
+    return engine
+
+
 @pytest.fixture
 def url(engine, tmp_path, monkeypatch):
     """The address of the operator's service, in a thread."""
@@ -265,8 +285,7 @@ def test_an_empty_store_says_what_to_do(url, open_page):
     expect(page.get_by_role("status")).to_have_text("No job is running.")
 
 
-def test_what_is_in_the_store_is_shown(url, engine, open_page):
-    fill(engine)
+def test_what_is_in_the_store_is_shown(url, filled, open_page):
     page = open_page(url)
     candidate, serving = row(page, "models", "candidate"), row(page, "models", "serving")
     expect(candidate).to_contain_text("0.97120.98460.94%0.0%1,3340.30% otherwise", use_inner_text=False)
@@ -289,8 +308,10 @@ def test_what_is_in_the_store_is_shown(url, engine, open_page):
     expect(said).to_contain_text("taken down0.9900 ≥ 0.9091", use_inner_text=False)
     expect(row(page, "feedback", "Reviewer: it is spam")).to_contain_text("text not kept")
     expect(row(page, "feedback", "Crypto alert")).to_contain_text("Report: it is spam")
+    expect(row(page, "feedback", "delivered to a user without a filter").first).to_contain_text("≥ 0.9091")
+    expect(row(page, "feedback", "delivered with a warning").first).to_contain_text("< 0.9091")
 
-    with engine.connect() as connection:
+    with filled.connect() as connection:
         result = json.loads(connection.scalar(sa.select(store.evaluations.c.result)))
     expect(page.locator("#taken-down")).to_contain_text(f"{result['taken_down']:,}")
     expect(page.locator("#delivered")).to_contain_text(f"of {result['messages']:,} messages")
@@ -416,8 +437,7 @@ def press(page, *keys):
         page.keyboard.press(key)
 
 
-def test_promoting_is_confirmed_by_keyboard(url, engine, open_page):
-    fill(engine)
+def test_promoting_is_confirmed_by_keyboard(url, filled, open_page):
     page = open_page(url)
     button = row(page, "models", "candidate").get_by_role("button", name="Promote")
     dialog = page.get_by_role("dialog", name="Promote model 2?")
@@ -431,19 +451,18 @@ def test_promoting_is_confirmed_by_keyboard(url, engine, open_page):
         press(page, *keys)
         expect(dialog).to_be_hidden()
         expect(button).to_be_focused()
-        assert len(kinds(engine)) == 5
+        assert len(kinds(filled)) == 5
         press(page, "Enter")
         expect(dialog).to_be_visible()
     press(page, "Tab", "Tab", "Enter")
     expect(page.get_by_role("status")).to_have_text("Job 6, promote model 2, waits for a worker.")
-    assert kinds(engine)[5:] == [("promote", {"model": 2})]
-    change(engine, 6, state="failed", message="model 2 is not promoted: AUCPR (today) falls", finished=now())
+    assert kinds(filled)[5:] == [("promote", {"model": 2})]
+    change(filled, 6, state="failed", message="model 2 is not promoted: AUCPR (today) falls", finished=now())
     expect(page.get_by_role("status")).to_contain_text("has failed: model 2 is not promoted: AUCPR (today) falls")
     expect(row(page, "models", "candidate")).to_contain_text("Refused: model 2 is not promoted: AUCPR (today) falls")
 
 
-def test_rolling_back_is_confirmed(url, engine, open_page):
-    fill(engine)
+def test_rolling_back_is_confirmed(url, filled, open_page):
     page = open_page(url)
     page.get_by_role("button", name="Roll back").click()
     dialog = page.get_by_role("dialog", name="Roll back to model 3?")
@@ -452,7 +471,7 @@ def test_rolling_back_is_confirmed(url, engine, open_page):
     page.get_by_role("button", name="Roll back").click()
     dialog.get_by_role("button", name="Roll back").click()
     expect(page.get_by_role("status")).to_have_text("Job 6, roll back, waits for a worker.")
-    assert kinds(engine)[5:] == [("roll_back", {})]
+    assert kinds(filled)[5:] == [("roll_back", {})]
 
 
 # Faults
@@ -532,7 +551,7 @@ def test_it_asks_modestly_and_not_at_all_while_hidden(url, engine, open_page):
     expect(page.get_by_role("progressbar")).to_be_visible()
     assert 20 <= requests_in(30) <= 35
     page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
-    page.clock.run_for(3000)
+    requests_in(3)  # those that are on their way
     assert requests_in(15) == 0
     page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
     assert requests_in(1) > 0
@@ -552,10 +571,9 @@ def test_without_javascript_it_says_what_it_needs(url, open_page):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (320, "dark"), (768, "light")])
-def test_it_fits_the_screen_and_stands_out(url, engine, open_page, width, scheme):
-    fill(engine)
-    add_label(engine, now() * WORKERS, "complaint", 0, "x" * 300)
-    add_messages(engine, [f"WINNER! To claim call 09061700000 now {'w' * 200}"], now())
+def test_it_fits_the_screen_and_stands_out(url, filled, open_page, width, scheme):
+    add_label(filled, now() * WORKERS, "complaint", 0, "x" * 300)
+    add_messages(filled, [f"WINNER! To claim call 09061700000 now {'w' * 200}"], now())
     page = open_page(url, viewport={"width": width, "height": 700}, color_scheme=scheme)
     expect(page.get_by_role("button", name="Promote")).to_be_visible()
 
@@ -582,15 +600,13 @@ def test_it_fits_the_screen_and_stands_out(url, engine, open_page, width, scheme
     assert fits()
 
 
-def test_forced_colours(url, engine, open_page):
-    fill(engine)
+def test_forced_colours(url, filled, open_page):
     page = open_page(url, forced_colors="active")
     expect(page.get_by_role("progressbar")).to_be_visible()
     expect_contrast(page)
 
 
-def test_tables_say_what_they_hold(url, engine, open_page):
-    fill(engine)
+def test_tables_say_what_they_hold(url, filled, open_page):
     page = open_page(url)
     expect(page.locator("#models tr")).to_have_count(3)
     for table in page.locator("table").all():
