@@ -20,7 +20,7 @@ from operations import jobs, pipeline, promotion, rescoring, store
 from operations.actions import act
 from operations.pipeline import KINDS, close_days, read_feedback, run_notebook, scratch, train
 from operations.promotion import find_model, first_model, keep, promote, roll_back, unmet_conditions
-from operations.registry import NAME
+from operations.registry import NAME, add_version, mark_serving
 from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, add_label, day_of, insert, models, now, open_store, read_scores, register
 from score import score_batch
@@ -537,6 +537,29 @@ def test_a_job_is_run_by_a_process_of_its_own(tmp_path, store, store_url, monkey
     assert failed["message"] == "nothing was scored in the period to evaluate: choose another one"
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # within MLflow
+def test_the_registry_gives_a_model_back_and_knows_which_serves(state, tmp_path):
+    import mlflow
+
+    mark_serving(None)  # nothing was trained yet
+    paths = [save_stub(tmp_path / str(spam) / "best_model.joblib", spam) for spam in (20, 30)]
+    assert [add_version(path, load_card(path), {"labels": 5}) for path in paths] == [1, 2]
+    model = mlflow.sklearn.load_model(f"models:/{NAME}/2")
+    assert model.predict_proba(["x"]) == pytest.approx(load_model(paths[1]).predict_proba(["x"]))
+    client = mlflow.MlflowClient()
+    run = client.get_run(client.get_model_version(NAME, "1").run_id).data
+    assert run.params["sha256"] == load_card(paths[0])["sha256"]
+    assert run.params["labels"] == "5"
+    assert run.metrics["test_aucpr_today"] == 0.98
+    assert run.metrics["test_ham_blocked_collection"] == 0.01
+    for version in (1, 2):
+        mark_serving(version)
+        assert client.get_model_version_by_alias(NAME, "serving").version == version
+    mark_serving(None)
+    mark_serving(None)
+    assert client.get_registered_model(NAME).aliases == {}
+
+
 # The loop, by the notebooks themselves
 
 NOTICES = [
@@ -564,6 +587,7 @@ def learned(tmp_path_factory):
 
 
 @pytest.mark.notebook
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # within MLflow
 class TestLoop:
     """A kind of genuine notice that is taken down passes, once users have complained of it."""
 
@@ -577,21 +601,3 @@ class TestLoop:
         ]
         assert taken_down == [14, 0]
         assert unmet_conditions(load_card(new), load_card(old), ENOUGH, ALLOWED) == []
-
-    def test_the_registry_gives_it_back_and_knows_which_serves(self, learned, monkeypatch):
-        import mlflow
-
-        engine, result = learned
-        model = mlflow.sklearn.load_model(f"models:/{NAME}/{result['mlflow_version']}")
-        expected = load_model(promotion.model_path(result["sha256"])).predict_proba(NOTICES)
-        assert model.predict_proba(NOTICES) == pytest.approx(expected)
-        client = mlflow.MlflowClient()
-        version = client.get_model_version(NAME, str(result["mlflow_version"]))
-        run = client.get_run(version.run_id).data
-        assert run.params["sha256"] == result["sha256"]
-        assert run.metrics["test_aucpr_today"] == result["figures"]["today"]["aucpr"]
-        monkeypatch.setattr(promotion, "unmet_conditions", lambda *_: [])
-        promote(engine, {"model": result["model"]}, ignore)
-        assert client.get_model_version_by_alias(NAME, "serving").version == version.version
-        roll_back(engine, {}, ignore)
-        assert client.get_registered_model(NAME).aliases == {}
