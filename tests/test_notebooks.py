@@ -117,6 +117,7 @@ class TestAnotherVersion:
         assert done.returncode == 0, done.stderr[-3000:]
         assert subjects(git, changed) == before
         assert "Not committed, because commit is off." in printed(executed)
+        assert set(pd.read_csv(changed / "data/train.csv")["source"]) == set(SOURCES)  # the third version stays
         assert not (changed / ".dvc/storage").exists()
 
     def test_without_an_identity_leaves_everything_as_it_was(self, changed, prepared, git):

@@ -443,6 +443,12 @@ def test_further_messages_are_in_train_and_nowhere_else(prepare):
     assert not joined["train"].isna().any(axis=None)
 
 
+def test_further_messages_need_a_writer(prepare, tmp_path):
+    (tmp_path / "more.tsv").write_text("label\ttext\nham\tsee you\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"more\.tsv: column 'writer' is missing; a file needs the columns label and"):
+        prepare.load_data(tmp_path / "more.tsv", ("label", "text", "writer"))
+
+
 def test_a_clone_is_removed_and_so_are_those_of_killed_jobs(state):
     left = state / "scratch" / "left"
     left.mkdir(parents=True)
