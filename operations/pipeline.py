@@ -228,7 +228,7 @@ def close_days(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> 
 def forget(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
     """Delete the texts that are kept for longer than params.yaml allows; return how many."""
     params = yaml.safe_load((store.ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
-    return {"texts": store.forget(engine, params["retention_days"])}
+    return {"texts": store.forget(engine, params["retention_days"], params["feedback_days"])}
 
 
 KINDS = {job.__name__: job for job in (prepare, train, evaluate, rescore, promote, roll_back, close_days, forget)}

@@ -16,12 +16,13 @@ NUMBER = f"<int(max={schemas.LARGEST_ID}):"  # of a job or a model
 ON_ITS_WAY = 600 * SECOND  # for which a message may be unknown to the store that was scored
 
 
-def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], token: str) -> Routes:
+def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], keeps_texts: bool, token: str) -> Routes:
     """Return the operator's routes.
 
     Args:
         engine: of the store.
         model, card: what is served.
+        keeps_texts: whether the texts are kept that come with feedback.
         token: that requests must bear.
     """
     routes = Routes("operations", __name__, token)
@@ -121,7 +122,8 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], t
             abort(404, f"there is no message {number}")
         refuse_long(text or "")
         label = word.get("label") or {"complaint": "ham", "spam report": "spam"}[word["source"]]
-        is_new = add_label(engine, number, word["source"], int(label == "spam"), clean(text), found and found["sender"])
+        kept = clean(text) if keeps_texts else None
+        is_new = add_label(engine, number, word["source"], int(label == "spam"), kept, found and found["sender"])
         return {"message": number, "source": word["source"], "label": label}, 201 if is_new else 200
 
     @routes.get("/feedback")

@@ -11,6 +11,7 @@ number of the worker that scored it: messages lie in the order of their time, an
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -26,10 +27,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import sqlalchemy as sa
+import yaml
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = Path(os.environ.get("OPERATIONS_STATE") or ROOT / "state")
@@ -492,12 +494,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def forget(engine: sa.Engine, retention_days: float, folder: Path | None = None) -> int:
+def forget(engine: sa.Engine, retention_days: float, feedback_days: float, folder: Path | None = None) -> int:
     """Delete the texts of messages and of labels that are older than they may be kept.
 
     Args:
         engine: of the store.
-        retention_days: how long they may be.
+        retention_days: how long those of messages may be.
+        feedback_days: how long those may be that came with what somebody said of a message.
         folder: where files of scores wait for the store; if None in the state's folder.
 
     Returns:
@@ -506,14 +509,15 @@ def forget(engine: sa.Engine, retention_days: float, folder: Path | None = None)
     Raises:
         RuntimeError: copies of some are left; the sentence says where.
     """
-    limit, count = now() - int(retention_days * 86_400 * SECOND), 0
+    limit, limit_of_labels = (now() - int(days * 86_400 * SECOND) for days in (retention_days, feedback_days))
+    count = 0
     with engine.begin() as connection:
         for day in connection.scalars(sa.select(days.c.day)).all():
             if hold_day(connection, day):
                 messages, _ = day_tables(day)
                 old = messages.c.text.is_not(None) & (messages.c.id < limit * WORKERS)
                 count += connection.execute(messages.update().where(old).values(text=None)).rowcount
-        old = labels.c.text.is_not(None) & (labels.c.received < limit)
+        old = labels.c.text.is_not(None) & (labels.c.received < limit_of_labels)
         count += connection.execute(labels.update().where(old).values(text=None)).rowcount
     left = []
     if engine.dialect.name == "sqlite":  # the log of writes holds copies
@@ -552,3 +556,12 @@ def _forget_lines(engine: sa.Engine, folder: Path, limit: int) -> int:
                             waiting += 1
                 position += len(line)
     return waiting
+
+
+if __name__ == "__main__":
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
+    try:
+        texts = forget(open_store(), params["retention_days"], params["feedback_days"])
+    except (DBAPIError, RuntimeError, ValueError) as error:
+        sys.exit(str(getattr(error, "orig", error)).strip())
+    print(f"{texts} texts were deleted.")

@@ -66,7 +66,8 @@ def create_operations_app(
     api = OperationsApi(app)
     api.spec.components.security_scheme("token", {"type": "http", "scheme": "bearer"})
     api.spec.options["security"] = [{"token": []}]
-    api.register_blueprint(make_routes(engine, model, card, token))
+    keeps_texts = recorder.params["feedback_days"] > 0
+    api.register_blueprint(make_routes(engine, model, card, keeps_texts, token))
 
     @app.get("/operations")
     def operations() -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ HOSTILE = (
 )
 PARAMS = {
     "retention_days": 7,
+    "feedback_days": 7,
     "experiment": "unfiltered share",
     "shares": {"filtered": 0.9, "unfiltered": 0.1},
     "spool_bytes": 1e9,
@@ -119,8 +121,10 @@ def fill(engine):
     test = card["metrics"]["test"]
     better = {"today": {**test["today"], "aucpr": 0.9712, "ham_blocked": 0.0094}, "collection": test["collection"]}
     register(engine, card, "serving")
-    register(engine, {**card, "sha256": "b" * 64, "metrics": {"test": better}}, "candidate", 4)
-    former = stub_card("sms-spam-nb", sha256="c" * 64, metrics={"test": {"today": {"aucpr": 0.9131}}})
+    register(engine, {**card, "sha256": sha256(b"candidate").hexdigest(), "metrics": {"test": better}}, "candidate", 4)
+    former = stub_card(
+        "sms-spam-nb", sha256=sha256(b"former").hexdigest(), metrics={"test": {"today": {"aucpr": 0.9131}}}
+    )
     register(engine, former, "serving")
     with engine.begin() as connection:
         for number, values in (
@@ -392,7 +396,7 @@ def test_orders_become_jobs_and_their_progress_is_shown(url, engine, open_page, 
     change(engine, 1, **running(progress=0.25, message="Executing prepare.ipynb"))
     expect(row(page, "jobs", "Job 1").get_by_role("progressbar")).to_have_attribute("value", "0.25")
     expect(status).to_have_text("Job 1, train, is running: Executing prepare.ipynb")
-    log = page.get_by_role("button", name="Log: log 1")
+    log = page.get_by_role("button", name="Log of job 1")
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "1.log").write_text("a line\n")
     log.focus()
@@ -413,7 +417,7 @@ def test_orders_become_jobs_and_their_progress_is_shown(url, engine, open_page, 
 def test_a_job_is_cancelled(url, engine, open_page):
     number = put_job(engine, "train", **running(progress=0.1))
     page = open_page(url)
-    page.get_by_role("button", name=f"Cancel: cancel {number}").click()
+    page.get_by_role("button", name=f"Cancel job {number}").click()
     expect(row(page, "jobs", "train")).to_contain_text("It was cancelled.")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     assert jobs.find_job(engine, number)["state"] == "cancelled"
@@ -472,6 +476,17 @@ def test_rolling_back_is_confirmed(url, filled, open_page):
     dialog.get_by_role("button", name="Roll back").click()
     expect(page.get_by_role("status")).to_have_text("Job 6, roll back, waits for a worker.")
     assert kinds(filled)[5:] == [("roll_back", {})]
+
+
+def test_a_candidate_beside_a_model_that_is_not_listed(url, engine, open_page):
+    register(engine, load_card(), "candidate")
+    page = open_page(url)
+    page.get_by_role("button", name="Promote").click()
+    dialog = page.get_by_role("dialog", name="Promote model 1?")
+    expect(dialog).to_contain_text("Model 1 takes the place of the one that serves for all users.")
+    expect(dialog.locator("table")).to_be_hidden()
+    dialog.get_by_role("button", name="Promote").click()
+    expect(page.get_by_role("status")).to_have_text("Job 1, promote model 1, waits for a worker.")
 
 
 # Faults
@@ -585,7 +600,7 @@ def test_it_fits_the_screen_and_stands_out(url, filled, open_page, width, scheme
     assert fits()
     found = expect_contrast(page)
     assert {entry["kind"] for entry in found} == {"text", "border", "meter", "gap", "focus"}
-    for name in ("Promote", "Log: log 3"):
+    for name in ("Promote", "Log of job 3"):
         page.get_by_role("button", name=name).press("Enter")
         expect(page.locator("dialog[open]")).to_be_visible()
         assert fits()

@@ -343,10 +343,11 @@ def test_texts_are_forgotten_when_their_time_is_over(store, tmp_path):
     with store.begin() as connection:
         connection.execute(labels.update().values(received=at))
     add_label(store, 8, "complaint", 0, "another one")
-    assert forget(store, 2, tmp_path) == 2
+    assert forget(store, 2, 4, tmp_path) == 1
+    assert forget(store, 4, 2, tmp_path) == 1
     assert texts(store) == ["a new one", "another one"]
-    assert forget(store, 2, tmp_path) == 0
-    assert forget(store, 0, tmp_path) == 2
+    assert forget(store, 2, 2, tmp_path) == 0
+    assert forget(store, 0, 0, tmp_path) == 2
     if store.dialect.name == "sqlite":
         store.dispose()
         assert all(b"secret" not in path.read_bytes() for path in tmp_path.iterdir())
@@ -359,8 +360,8 @@ def test_texts_that_a_reader_keeps_in_the_log_of_writes_are_not_said_to_be_gone(
     with reader(engine).connect() as connection:
         connection.execute(sa.select(days)).all()
         with pytest.raises(RuntimeError, match=r"^1 texts were deleted, but copies are left: programs that read"):
-            forget(engine, 0, tmp_path)
-    assert forget(engine, 0, tmp_path) == 0
+            forget(engine, 0, 0, tmp_path)
+    assert forget(engine, 0, 0, tmp_path) == 0
     engine.dispose()
 
 
@@ -371,13 +372,13 @@ def test_texts_are_forgotten_in_the_file_of_a_worker_that_lives(store, tmp_path)
     move(store, tmp_path / "spool")
     names += record({}, ["a third secret"], [(False, 0.1)], 0.5)
     [file] = (tmp_path / "spool").glob("*.jsonl")
-    assert forget(store, 1, tmp_path / "spool") == 0
+    assert forget(store, 1, 1, tmp_path / "spool") == 0
     assert file.read_bytes().count(b"secret") == 3
     with pytest.raises(RuntimeError, match=r"^2 texts were deleted, but copies are left: 1 wait in files for python"):
-        forget(store, 0, tmp_path / "spool")
+        forget(store, 0, 0, tmp_path / "spool")
     assert file.read_bytes().count(b"secret") == 1
     move(store, tmp_path / "spool")
-    assert forget(store, 0, tmp_path / "spool") == 1
+    assert forget(store, 0, 0, tmp_path / "spool") == 1
     assert b"secret" not in file.read_bytes()
     names += record({}, ["a fourth secret"], [(False, 0.1)], 0.5)
     record.close()

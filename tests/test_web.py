@@ -31,6 +31,7 @@ TOKEN = "a token of the operator".replace(" ", "-")
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 PARAMS = {
     "retention_days": 7,
+    "feedback_days": 7,
     "experiment": "x",
     "shares": {"filtered": 1.0, "unfiltered": 0.0},
     "spool_bytes": 1e9,
@@ -247,6 +248,14 @@ def test_feedback_is_taken_before_and_after_the_message_is_stored(store, serve):
     assert service.client.get("/feedback?limit=2").json == said
     with store.connect() as connection:
         assert None not in connection.scalars(sa.select(labels.c.sender)).all()
+
+
+@pytest.mark.parametrize(("days", "kept"), [(7, "x"), (0, None)])
+def test_a_text_of_feedback_is_kept_only_where_it_may_be(days, kept, light_store, serve):
+    service = serve(light_store, feedback_days=days)
+    name = service.client.post("/score", json={"text": "x"}).json["id"]
+    assert send(service.client, name, text="x").status_code == 201
+    assert service.client.get("/feedback").json[0]["text"] == kept
 
 
 def test_a_text_of_feedback_is_as_long_as_one_to_score(light_store, serve):
