@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from operations.store import ROOT, known_versions
 
 MANIFEST = "manifest.json"
-TIME = "%Y%m%dT%H%M%SZ"  # in the names of backups, and of what they replace
+TIME = "%Y%m%dT%H%M%S-%fZ"  # in the names of backups, and of what they replace
 TREES = ("spool", "days", "models", "mlruns")  # of the state's folder
 SECRETS = ("key", "token")
 

@@ -27,7 +27,7 @@ from operations import store
 from operations.archive import MANIFEST, SECRETS, TIME, copy_tree, describe, dvc_remote, list_files, lock
 from operations.dump import dump_schema
 from operations.restore import restore
-from operations.store import ROOT, day_tables, days, hold_day, metadata, open_store, parts, reader
+from operations.store import ROOT, check_version, day_tables, days, hold_day, metadata, open_store, parts, reader
 
 
 def back_up(folder: Path = ROOT / "backups") -> Path:
@@ -65,6 +65,7 @@ def _fill(target: Path) -> None:
     """Write a backup to its folder, the manifest last."""
     engine, state, copy = open_store(), store.STATE, target / "state"
     try:
+        check_version(engine)
         about = {"store": engine.dialect.name, "state": str(state.absolute()), **_copy_store(engine, target)}
     finally:
         engine.dispose()

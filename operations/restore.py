@@ -47,12 +47,12 @@ def restore(path: str | Path) -> None:
             time = datetime.now(UTC).strftime(TIME)
             replaced = _replaced(engine, path)
             try:
-                new = [(target, _prepare(source, target, time, about)) for target, source in replaced.items()]
+                new = [(target, _prepare(source, target, about)) for target, source in replaced.items()]
                 os.sync()
                 _replace(engine, path, new, time)
             finally:
                 for target in replaced:
-                    _remove(target.with_name(f"{target.name}.restoring-{time}"))
+                    _remove(_beside(target))
     finally:
         engine.dispose()
 
@@ -107,9 +107,15 @@ def _replaced(engine: sa.Engine, path: Path) -> dict[Path, Path]:
     return replaced
 
 
-def _prepare(source: Path, target: Path, time: str, about: dict[str, Any]) -> Path | None:
+def _beside(target: Path) -> Path:
+    """Return where a part of a backup is copied before it takes its place."""
+    return target.with_name(f"{target.name}.restoring")
+
+
+def _prepare(source: Path, target: Path, about: dict[str, Any]) -> Path | None:
     """Copy a part of a backup to beside where it will go; return its path, or None where the backup lacks it."""
-    new = target.with_name(f"{target.name}.restoring-{time}")
+    new = _beside(target)
+    _remove(new)  # of a restore that was killed
     if source.is_dir():
         copy_tree(source, new)
     elif source.exists():

@@ -5,6 +5,9 @@ import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,19 @@ from score import score
 pytestmark = pytest.mark.operations
 PARAMS = {"experiment": "x", "shares": {"filtered": 1.0}, "spool_bytes": 1e9, "retention_days": 0, "shadow_share": 0.0}
 DAY = 86_400 * 10**6
+# A program that restores a backup, and is killed when it would rename for the n-th time.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from operations import archive
+from operations.restore import restore
+archive.ROOT, rename, left = Path(sys.argv[2]), Path.rename, [int(sys.argv[3])]
+def count(path, to):
+    left[0] -= 1
+    return rename(path, to) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = count
+restore(sys.argv[1])
+"""
 
 
 @pytest.fixture
@@ -177,7 +193,7 @@ def test_what_was_there_when_it_was_backed_up_is_there_after_all_was_lost(
     assert version.source.startswith(moved.as_uri())
     assert Path(version.source.removeprefix("file://")).read_text() == "an artefact"
     assert made.stat().st_mode & 0o777 == 0o700
-    assert not list(tmp_path.rglob("*.restoring-*"))
+    assert not list(tmp_path.rglob("*.restoring"))
     store.dispose()
 
 
@@ -362,6 +378,13 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_backup(filled, tmp_path, capsys
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_a_store_without_tables_is_no_backup(state, tmp_path, capsys):
+    assert main(["--folder", str(tmp_path / "backups")]) == 1
+    assert "No backup was made: the tables of the store have version none" in capsys.readouterr().err
+    assert not list((tmp_path / "backups").glob("2*"))
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 def test_one_backup_is_made_at_a_time_and_what_a_killed_one_left_goes(filled, tmp_path):
     left = tmp_path / "backups" / "20261124T000000Z.part"
     left.mkdir(parents=True)
@@ -401,6 +424,24 @@ def test_a_restore_that_fails_half_way_puts_all_back(filled, store, tmp_path, mo
     assert len(renamed) > 6
     assert contents(filled) == before
     assert rows(store, filled / "days")[1] == 2
+    store.dispose()
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+def test_a_restore_that_was_killed_can_be_done_again(filled, store, store_url, tmp_path):
+    made = back_up(tmp_path / "backups")
+    restored = contents(filled)
+    add_label(store, 8, "complaint", 0)
+    store.dispose()
+    environment = {**os.environ, "OPERATIONS_STATE": str(filled), "DATABASE_URL": store_url}
+    for count in (3, 8):
+        command = [sys.executable, "-c", KILLED, str(made), str(tmp_path / "project"), str(count)]
+        assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    assert list(filled.glob("*.restoring"))
+    restore(made)
+    now_there = {name: content for name, content in contents(filled).items() if "before-restore" not in name}
+    assert now_there == restored
+    assert rows(store, filled / "days")[1] == 1
     store.dispose()
 
 
