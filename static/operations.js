@@ -157,7 +157,9 @@ async function refresh() {
   element("fresh").textContent = `as of ${fresh}`;
 }
 
+// Only the latest models are listed, and the one that serves may be older.
 const serving = () => models.find(({ state }) => state === "serving");
+const served = () => (serving() ? `model ${serving().id}` : "the one that serves");
 
 function former() {
   const before = models.filter(({ state, promoted }) => state === "retired" && promoted);
@@ -212,7 +214,7 @@ function promote(id) {
   const refused = refusals.has(id) ? ` The last job refused: ${refusals.get(id)}.` : "";
   confirmOrder({
     title: `Promote model ${id}?`,
-    text: `Model ${id} takes the place of model ${serving().id} for all users. No message is lost meanwhile, and it can be rolled back.`,
+    text: `Model ${id} takes the place of ${served()} for all users. No message is lost meanwhile, and it can be rolled back.`,
     hint: `The job first compares the two by the conditions under operations.promotion in params.yaml: what a candidate may
       lose, and how many messages it must have scored on the side. If it does not meet them, nothing changes, and the job says
       why.${refused}`,
@@ -226,7 +228,7 @@ function rollBack() {
   const model = former();
   confirmOrder({
     title: `Roll back to model ${model.id}?`,
-    text: `Model ${model.id}, which served before, takes the place of model ${serving().id} for all users.`,
+    text: `Model ${model.id}, which served before, takes the place of ${served()} for all users.`,
     hint: "No condition is checked. The model that goes cannot be rolled back to.",
     yes: "Roll back",
     path: "models/roll-back",

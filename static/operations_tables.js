@@ -94,8 +94,8 @@ export function jobSentence(job) {
   return `${jobTitle(job).replace(": ", ", ")},${end}`;
 }
 
-const button = (order, { id }, label) =>
-  make("button", { type: "button", "data-order": order, "data-id": id, "aria-label": `${label}: ${order} ${id}` }, label);
+const button = (order, { id }, label, spoken) =>
+  make("button", { type: "button", "data-order": order, "data-id": id, "aria-label": `${spoken} ${id}` }, label);
 
 export function showJobs(jobs) {
   fill("jobs", keyed(jobs, ({ id }) => id, (job) => {
@@ -107,7 +107,8 @@ export function showJobs(jobs) {
       make("td", { class: "block" }, message, state === "running" ? make("progress", bar) : null),
       make("td", { class: "number" }, time(created)),
       make("td", { class: "number" }, took(job)),
-      make("td", { class: "actions" }, isActive(job) ? button("cancel", job, "Cancel") : null, button("log", job, "Log")),
+      make("td", { class: "actions" },
+        isActive(job) ? button("cancel", job, "Cancel", "Cancel job") : null, button("log", job, "Log", "Log of job")),
     ];
   }));
 }
@@ -140,12 +141,16 @@ export function showModels(models, refusals) {
       ...Object.values(measured(model)).map((figure) => make("td", { class: "number" }, figure)),
       make("td", { class: "number" },
         ...(shadow ? [scoredBeside(model), make("small", {}, `${changed(model)} otherwise`)] : [])),
-      make("td", { class: "actions" }, state === "candidate" ? button("promote", model, "Promote…") : null),
+      make("td", { class: "actions" }, state === "candidate" ? button("promote", model, "Promote…", "Promote… model") : null),
     ];
   }));
 }
 
 export function compare(old, other) {
+  if (!old) {
+    fill("comparison", {});
+    return;
+  }
   element("old-model").textContent = `model ${old.id} serves`;
   element("new-model").textContent = `model ${other.id}`;
   const [before, after] = [old, other].map((model) => ({
