@@ -98,7 +98,7 @@ backup: .venv/requirements-operations.txt  ## save store, models, registry and d
 
 restore: .venv/requirements-operations.txt  ## bring back the backup FROM, a folder that make backup wrote
 	@test -n "$(FROM)" || { echo "Name the folder of the backup: make restore FROM=backups/..." >&2; exit 1; }
-	@$(BIN)/python -m operations.restore "$(FROM)"
+	@$(BIN)/python -m operations.backup restore "$(FROM)"
 
 forget: .venv/requirements-operations.txt  ## delete the texts that have been kept as long as params.yaml allows
 	@$(BIN)/python -m operations.store
