@@ -273,8 +273,6 @@ class TestFunctions:
         data = pd.DataFrame({"text": ["a", "b"], "label": [0, 1], "source": ["collection", "today"]})
         model = train.fit(Pipeline([("classifier", Recorder())]), data, 0.2)
         assert model[-1].weights_.tolist() == [1, 0.2]
-        model = train.fit(Pipeline([("classifier", Recorder())]), data.assign(weight=[1, 10]), 0.2)
-        assert model[-1].weights_.tolist() == [1, 2]
 
     def test_out_of_fold_never_sees_its_own_group(self, train):
         class Memory(BaseEstimator):
