@@ -1,15 +1,11 @@
 """What the test modules share: the functions of the notebooks, and clones of the project to run them in."""
 
-import os
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, code_cells, missing, run_notebook
-
-from benchmarks.postgres import Postgres
 
 
 def pytest_collection_modifyitems(items):
@@ -109,42 +105,3 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=options)
         yield chromium
         chromium.close()
-
-
-# Stores of operations
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    """A running server of PostgreSQL."""
-    folder = Path("/tmp" if os.getuid() == 0 else tmp_path_factory.getbasetemp()) / f"postgres-{os.getpid()}"
-    folder.mkdir()
-    try:
-        server = Postgres(folder)
-    except FileNotFoundError as error:
-        folder.rmdir()
-        missing(str(error))
-    server.start()
-    yield server
-    server.kill()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store_url(request, tmp_path):
-    """The address of an empty database, of SQLite and then of PostgreSQL."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'store.db'}"
-    name = "".join(c if c.isalnum() else "_" for c in f"{tmp_path.parent.name}_{tmp_path.name}".lower())
-    return request.getfixturevalue("postgres").url(name[-60:])
-
-
-@pytest.fixture
-def store(store_url):
-    """A store with its tables, and nothing in them."""
-    from operations.store import migrate, open_store
-
-    engine = open_store(store_url)
-    migrate(engine)
-    yield engine
-    engine.dispose()

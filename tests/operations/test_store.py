@@ -44,7 +44,6 @@ from operations.store import (
     register,
 )
 
-pytestmark = pytest.mark.operations
 DAY = 86_400 * SECOND
 MIDNIGHT = int(datetime(2026, 11, 24, tzinfo=UTC).timestamp()) * SECOND
 # A program that closes a day, and is killed before what it did holds.

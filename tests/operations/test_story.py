@@ -1,12 +1,9 @@
 """The loop from end to end: messages, complaints, labels, a candidate, its promotion, and the way back."""
 
-import pytest
 import requests
 from helpers import operated, poll
 
 from operations.story import read_notices, tell
-
-pytestmark = [pytest.mark.operations, pytest.mark.notebook]
 
 
 def test_what_users_complain_of_is_learned_and_can_be_undone(prepared, tmp_path):

@@ -22,7 +22,6 @@ from operations.actions import act
 from operations.spool import Recorder, move
 from operations.store import day_of, day_tables, labels, models, now, open_store, read_scores, reader, spool
 
-pytestmark = pytest.mark.operations
 PARAMS = {
     "retention_days": 0,
     "experiment": "x",

@@ -21,7 +21,7 @@ from operations.store import SECOND, WORKERS, add_label, insert, migrate, now, o
 from operations.web import create_operations_app
 from score import load_card, load_model, score
 
-pytestmark = [pytest.mark.browser, pytest.mark.operations]
+pytestmark = pytest.mark.browser
 TOKEN = "the-token-of-the-operator"
 REGIONS = ("north", "south", "islands")
 TAKEN_DOWN = [

@@ -13,8 +13,6 @@ from helpers import SPAM, children, free_port, operated, poll
 
 from operations.store import day_tables, days, open_store
 
-pytestmark = pytest.mark.operations
-
 
 def programs(process):
     """Return the process ids of the programs by name."""

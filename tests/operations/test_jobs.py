@@ -22,7 +22,6 @@ from operations.claims import TWICE, WAITING, Claim, take
 from operations.jobs import AWAY, Worker, cancel, enqueue, enqueue_due, find_job, list_jobs, read_log, run_job, work
 from operations.store import SECOND, add_label, jobs, labels, migrate, now, open_store
 
-pytestmark = pytest.mark.operations
 LEASE, HEARTBEAT = 4, 0.4  # seconds
 # What stands for operations.pipeline.
 PIPELINE = """

@@ -25,7 +25,6 @@ from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, add_label, day_of, insert, models, now, open_store, read_scores, register
 from score import score_batch
 
-pytestmark = pytest.mark.operations
 DAY = 86_400 * SECOND
 ALLOWED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]["promotion"]
 # What stands for operations.web: it tells which model it has loaded, and loads again at SIGHUP unless it is deaf.

@@ -26,7 +26,6 @@ from operations.spool import Recorder, move
 from operations.store import WORKERS, close_day, day_of, evaluations, labels, migrate, now, open_store, register
 from score import load_card, load_model
 
-pytestmark = pytest.mark.operations
 TOKEN = "a token of the operator".replace(" ", "-")
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 PARAMS = {

@@ -11,8 +11,6 @@ from operations import evaluation
 from operations.evaluation import estimate, evaluate_window, measure
 from operations.store import WORKERS, add_label, evaluations, insert, now
 
-pytestmark = pytest.mark.operations
-
 
 def simulate(seed, n=20_000, unfiltered=0.1):
     """Return decisions on messages of which a fifth is spam, and the truth: precision, recall, share of ham blocked."""

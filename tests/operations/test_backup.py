@@ -29,7 +29,6 @@ from operations.spool import Recorder, move
 from operations.store import add_label, close_day, day_of, insert, labels, now, open_store, read_scores, reader
 from score import score
 
-pytestmark = pytest.mark.operations
 PARAMS = {"experiment": "x", "shares": {"filtered": 1.0}, "spool_bytes": 1e9, "retention_days": 0, "shadow_share": 0.0}
 DAY = 86_400 * 10**6
 # A program that restores a backup, and is killed when it would rename for the n-th time.
