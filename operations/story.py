@@ -1,12 +1,11 @@
 """What the loop is for, told with requests to the running service: `make story`, beside `make operate`.
 
-A thousand messages arrive: of today, by writers whom the filter has never met, and among them genuine notices of paid
-text services (`notices.tsv`), which look much like what the filter learned to take down. Users complain, the
-complaints become labels, the labels a candidate, and the candidate is promoted while users go on sending. Then it is
-seen what becomes of notices of the same kind that another writer wrote.
+A thousand messages arrive: of today, by writers whom the filter has never met, and among them genuine notices that
+paid text services owe their subscribers, in the wording of their trade. They look much like what the filter learned to
+take down. Users complain, the complaints become labels, the labels a candidate, and the candidate is promoted while
+users go on sending. Then it is seen what becomes of the notices of other services.
 """
 
-import csv
 import sys
 import threading
 import time
@@ -22,7 +21,12 @@ import yaml
 from engine.experiment import assign
 from operations.store import ROOT, STATE
 
-NOTICES = Path(__file__).with_name("notices.tsv")
+NOTICE = "FreeMsg: You are subscribed to {} for £{}.50 per {} until you send STOP to {}. Help? 0808 157 0{}"
+SERVICES = {
+    "first": ("GoalFlash", "Puzzle Club", "Fell Weather", "StarLine", "Daily Lamp", "Quizline", "TideTimes"),
+    "second": ("Kwiz King", "Surf Report", "Cricket Alert", "Horo Weekly", "Brainbox", "Ski & Snow", "Bedtime Tales"),
+}
+NOTICES = 40  # of the services of either group
 MESSAGES, SPAM = 1000, 330  # that arrive, and how many of them are spam: there are too few of today for a fifth
 BATCH = 100
 REPORT = 0.1  # share of the spam delivered that somebody reports
@@ -135,7 +139,7 @@ def read_messages(path: Path, params: dict[str, Any]) -> tuple[pd.DataFrame, pd.
         raise FileNotFoundError(f"{path} is missing: run make run first")
     random, regions = np.random.default_rng(0), params["impact"]["regions"]
     test = pd.read_csv(path, keep_default_na=False)
-    today, notices = test[test["source"] == "today"], read_notices("a")
+    today, notices = test[test["source"] == "today"], write_notices("first")
     counts = {1: SPAM, 0: MESSAGES - SPAM - len(notices)}
     parts = [today[today["label"] == label].sample(count, random_state=0) for label, count in counts.items()]
     parts.append(pd.DataFrame({"text": notices, "label": 0, "is_notice": True}))
@@ -145,10 +149,19 @@ def read_messages(path: Path, params: dict[str, Any]) -> tuple[pd.DataFrame, pd.
     return messages.fillna({"is_notice": False}).reset_index(drop=True), test
 
 
-def read_notices(writer: str) -> list[str]:
-    """Return the notices of a writer."""
-    table = pd.read_csv(NOTICES, sep="\t", quoting=csv.QUOTE_NONE)
-    return table.loc[table["writer"] == writer, "text"].tolist()
+def write_notices(services: str) -> list[str]:
+    """Return NOTICES notices of the "first" or the "second" services, each with a price and numbers of its own."""
+    random, names = np.random.default_rng(list(SERVICES).index(services)), SERVICES[services]
+    return [
+        NOTICE.format(
+            names[i % len(names)],
+            random.integers(1, 6),
+            random.choice(["week", "month"]),
+            random.integers(60_000, 90_000),
+            random.integers(100, 1000),
+        )
+        for i in range(NOTICES)
+    ]
 
 
 def tell(url: str, token: str, path: Path, say: Callable[[str], Any] = print) -> dict[str, Any]:
@@ -162,7 +175,7 @@ def tell(url: str, token: str, path: Path, say: Callable[[str], Any] = print) ->
 
     Returns:
         What was counted: "taken_down" and "notices_taken_down" (of the messages that arrived), "complaints",
-        "evaluation", "candidate", "before" and "after" (notices of the second writer that are taken down), "answered"
+        "evaluation", "candidate", "before" and "after" (notices of other services that are taken down), "answered"
         and "lost" (requests while the candidate was promoted).
 
     Raises:
@@ -170,7 +183,7 @@ def tell(url: str, token: str, path: Path, say: Callable[[str], Any] = print) ->
     """
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     messages, test = read_messages(path, params)
-    service, notices = Service(url, token), read_notices("b")
+    service, notices = Service(url, token), write_notices("second")
     told = receive(service, messages, params["operations"], say)
     told["complaints"] = complain(service, messages, say)
     told["evaluation"] = evaluate(service, say)
@@ -182,8 +195,8 @@ def tell(url: str, token: str, path: Path, say: Callable[[str], Any] = print) ->
     say(f"It is promoted. Of {traffic.answered + traffic.lost:,} messages sent meanwhile, {traffic.lost} were lost.")
     told["after"] = sum(service.score_all(notices))
     say(
-        f"Of {len(notices)} notices of the same kind by another writer, {told['before']} would have been taken down "
-        f"before, and {told['after']} now. The button on the page rolls it back."
+        f"Of {len(notices)} notices of other services, {told['before']} were taken down before, and {told['after']} are "
+        "now. The button on the page rolls it back."
     )
     return told
 
@@ -214,9 +227,8 @@ def receive(
     counts = {"taken_down": len(expected), "notices_taken_down": int((wrong & messages["is_notice"]).sum())}
     say(
         f"{len(messages):,} messages arrived, {int(messages['label'].sum())} of them spam. {len(expected)} were taken "
-        f"down, {int(wrong.sum())} of which were genuine: {counts['notices_taken_down']} of the "
-        f"{int(messages['is_notice'].sum())} notices of paid text services that came, and "
-        f"{int(wrong.sum()) - counts['notices_taken_down']} others."
+        f"down, {int(wrong.sum())} of which were genuine: {counts['notices_taken_down']} of the {NOTICES} notices of "
+        f"paid text services, and {int(wrong.sum()) - counts['notices_taken_down']} others."
     )
     return counts
 
