@@ -195,8 +195,8 @@ def tell(url: str, token: str, path: Path, say: Callable[[str], Any] = print) ->
     say(f"It is promoted. Of {traffic.answered + traffic.lost:,} messages sent meanwhile, {traffic.lost} were lost.")
     told["after"] = sum(service.score_all(notices))
     say(
-        f"Of {len(notices)} notices of other services, {told['before']} were taken down before, and {told['after']} are "
-        "now. The button on the page rolls it back."
+        f"Of {len(notices)} notices of other services, {told['before']} were taken down before, and {told['after']} "
+        "are now. The button on the page rolls it back."
     )
     return told
 
