@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import yaml
-from flask import Flask, render_template
+from flask import Blueprint, Flask, render_template
 from flask_smorest import Api
 from sklearn.base import BaseEstimator
 from sqlalchemy.exc import DBAPIError
@@ -69,10 +69,13 @@ def create_operations_app(
     keeps_texts = recorder.params["feedback_days"] > 0
     api.register_blueprint(make_routes(engine, model, card, keeps_texts, token))
 
-    @app.get("/operations")
-    def operations() -> str:
+    page = Blueprint("page", __name__, template_folder="templates", static_folder="static")
+
+    @page.get("")
+    def show() -> str:
         return render_template("operations.html")
 
+    app.register_blueprint(page, url_prefix="/operations")
     return app
 
 

@@ -1,7 +1,7 @@
 import {
   clear, clock, compare, element, isActive, jobSentence, jobTitle, showEvaluation, showFeedback, showJobs, showModels,
   showTakedowns,
-} from "./operations_tables.js";
+} from "./tables.js";
 
 // Milliseconds
 const WHILE_A_JOB_RUNS = 2_000;
