@@ -1,6 +1,5 @@
 """The jobs and what they do to models: operations/pipeline.py, promotion.py, rescoring.py and registry.py."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -23,7 +22,6 @@ from operations.promotion import find_model, first_model, keep, promote, roll_ba
 from operations.registry import NAME, add_version, mark_serving
 from operations.rescoring import rescore
 from operations.store import SECOND, WORKERS, add_label, day_of, insert, models, now, open_store, read_scores, register
-from score import score_batch
 
 DAY = 86_400 * SECOND
 ALLOWED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]["promotion"]
@@ -563,46 +561,3 @@ def test_the_registry_gives_a_model_back_and_knows_which_serves(state, tmp_path)
     mark_serving(None)
     mark_serving(None)
     assert client.get_registered_model(NAME).aliases == {}
-
-
-# The loop, by the notebooks themselves
-
-NOTICES = [
-    f"LockerBox: we could not deliver your package, it is held at {place}. Confirm your address and pay the "
-    f"\u00a3{amount} fee at http://lockerbox-{town}.example/verify/{place[:2]}{amount[-2:]} within {hours} hours"
-    for place in ("Harbour Street", "Mill Lane", "Station Road", "Queens Park", "Northgate", "Oak Avenue", "Riverside")
-    for amount, town, hours in (("1.99", "leeds", 12), ("2.50", "cork", 24), ("3.75", "york", 48), ("1.20", "bath", 24))
-]
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """A store in which users complain of half of the notices, and what training returned."""
-    folder, patch = tmp_path_factory.mktemp("learned"), pytest.MonkeyPatch()
-    patch.setattr(store, "STATE", folder)
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        patch.delenv(name)  # what runs elsewhere is not what is measured here
-    engine = open_store(f"sqlite:///{folder / 'store.db'}")
-    store.migrate(engine)
-    for i, text in enumerate(NOTICES[::2]):
-        add_label(engine, (now() + i) * WORKERS, "complaint", 0, text)
-    yield engine, train(engine, {}, ignore)
-    engine.dispose()
-    patch.undo()
-
-
-@pytest.mark.notebook
-@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # within MLflow
-class TestLoop:
-    """A kind of genuine notice that is taken down passes, once users have complained of it."""
-
-    def test_the_same_kind_of_notice_passes(self, learned):
-        engine, result = learned
-        assert result["labels"] == {"used": 14, "left_out": 0, "without_text": 0}
-        old, new = first_model(engine), promotion.model_path(result["sha256"])
-        taken_down = [
-            sum(spam for spam, _ in score_batch(NOTICES[1::2], load_model(path), load_card(path)["threshold"]))
-            for path in (old, new)
-        ]
-        assert taken_down == [14, 0]
-        assert unmet_conditions(load_card(new), load_card(old), ENOUGH, ALLOWED) == []

@@ -17,6 +17,7 @@ def test_what_users_complain_of_is_learned_and_can_be_undone(prepared, tmp_path)
     assert told["notices_taken_down"] >= 10
     assert told["evaluation"]["messages"] == 1000
     assert told["evaluation"]["reported"]["missed"]["count"] == told["complaints"] > 0
+    assert told["candidate"]["labels"]["used"] >= told["notices_taken_down"]
     assert promoted["sha256"] == told["candidate"]["sha256"] != health["sha256"]
     assert told["lost"] == 0 < told["answered"]
     assert told["before"] > NOTICES / 2
