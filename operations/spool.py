@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from flask import abort
 from sqlalchemy.dialects import postgresql, sqlite
 
-from engine.experiment import assign
+from engine.experiment import assigner
 from operations.repeat import repeat
 from operations.store import STATE, WORKERS, insert, models, now, reader, register, spool
 from score import score
@@ -58,6 +58,7 @@ class Recorder:
             shadow = None  # it has been promoted
         self.header = {"card": card, "shadow": shadow and shadow[1]}
         self.params, self.folder, self.key, self.shadow = params, folder, key, shadow
+        self.arm_of = assigner(params["experiment"], params["shares"])
         self.lock, self.process = threading.Lock(), None
         self.slot = self.file = self.slot_file = None
         self.last = self.size = self.lost = 0
@@ -84,9 +85,9 @@ class Recorder:
             numbers, lines = [], []
             for text, (prediction, propensity), other in zip(texts, results, beside, strict=True):
                 self.last = number = max(now() * WORKERS + self.slot, self.last + WORKERS)
-                arm = assign(recipient or str(number), self.params["experiment"], self.params["shares"])
-                kept = text if keeps else None
-                numbers.append(str(number))
+                name = str(number)
+                arm, kept = self.arm_of(recipient or name), text if keeps else None
+                numbers.append(name)
                 lines.append(json.dumps([number, sender, region, arm, kept, propensity, threshold, prediction, other]))
             self._append("\n".join([*lines, ""]).encode(), len(lines))
         return numbers
