@@ -125,9 +125,9 @@ def compare(
 
 
 def settle(store: Stored) -> None:
-    """Wait until nothing more arrives in a store."""
+    """Wait until nothing more arrives in a store, and all that is there was acted on."""
     before = None
-    while before != (before := store.count()):
+    while before != (before := store.count()) or before[0] > before[1]:
         time.sleep(2)
 
 
