@@ -27,7 +27,7 @@ SERVICES = {
     "second": ("Kwiz King", "Surf Report", "Cricket Alert", "Horo Weekly", "Brainbox", "Ski & Snow", "Bedtime Tales"),
 }
 NOTICES = 40  # of the services of either group
-MESSAGES, SPAM = 1000, 330  # that arrive, and how many of them are spam: there are too few of today for a fifth
+MESSAGES, SPAM = 1000, 360  # that arrive, and how many of them are spam: there are too few of today for a fifth
 BATCH = 100
 REPORT = 0.1  # share of the spam delivered that somebody reports
 LISTED = 200  # messages in the longest list that the service gives
