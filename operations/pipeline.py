@@ -176,6 +176,7 @@ def train(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[
             parameters["further"] = "build/further.csv"
             (clone / "build").mkdir()
             feedback.to_csv(clone / parameters["further"], index=False, quoting=csv.QUOTE_ALL)
+        keep_recipe(clone, load_card(serving))
         run_notebook(clone, "prepare.ipynb", report, 0, 0.3, commit=False, **parameters)
         used = int((pd.read_csv(clone / "data/train.csv", keep_default_na=False)["kind"] == "feedback").sum())
         path = clone / "models" / MODEL_PATH.name
@@ -194,6 +195,24 @@ def train(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[
     found = find_model(engine, model)
     result = {"model": model, "sha256": found.sha256, "state": found.state, "mlflow_version": found.mlflow_version}
     return {**result, "is_new": is_new, "figures": card["metrics"]["test"], "labels": counts}
+
+
+def keep_recipe(clone: Path, card: dict[str, Any]) -> None:
+    """Have the notebooks of a clone try only the strength and the weight by which the model that serves was fitted.
+
+    What users said adds few messages, from which nobody should choose these anew: a small change of figures on
+    validation would move them, and with them what becomes of all messages.
+
+    Args:
+        clone: its folder.
+        card: of the model that serves.
+    """
+    recipe = re.search(r", C=([\d.]+), weight ([\d.]+)$", card["parameters"].get("candidate", ""))
+    if recipe:
+        path = clone / "params.yaml"
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params["train"] |= {"C": [yaml.safe_load(recipe[1])], "weight_of_today": [yaml.safe_load(recipe[2])]}
+        path.write_text(yaml.safe_dump(params), encoding="utf-8")
 
 
 # The others

@@ -17,7 +17,7 @@ from sklearn.dummy import DummyClassifier
 from engine.saved import load_card, load_model, save_model
 from operations import jobs, pipeline, promotion, rescoring, store
 from operations.actions import act
-from operations.pipeline import KINDS, close_days, read_feedback, run_notebook, scratch, train
+from operations.pipeline import KINDS, close_days, keep_recipe, read_feedback, run_notebook, scratch, train
 from operations.promotion import find_model, first_model, keep, promote, roll_back, unmet_conditions
 from operations.registry import NAME, add_version, mark_serving
 from operations.rescoring import rescore
@@ -538,6 +538,20 @@ def test_a_job_is_run_by_a_process_of_its_own(tmp_path, store, store_url, monkey
     assert (done["state"], done["result"]) == ("done", {"texts": 0})
     assert failed["state"] == "failed"
     assert failed["message"] == "nothing was scored in the period to evaluate: choose another one"
+
+
+def test_training_keeps_the_recipe_of_the_model_that_serves(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    before = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    keep_recipe(tmp_path, {"parameters": {"rules": 7}})
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8")) == before
+    card = load_card(ROOT / "models" / "best_model.joblib")
+    keep_recipe(tmp_path, card)
+    after = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
+    [C], [weight] = after["train"]["C"], after["train"]["weight_of_today"]
+    assert card["parameters"]["candidate"].endswith(f", C={C}, weight {weight}")
+    assert {**after, "train": None} == {**before, "train": None}
+    assert after["train"]["seed"] == before["train"]["seed"]
 
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # within MLflow
