@@ -1,5 +1,6 @@
 """The jobs and what they do to models: operations/pipeline.py, promotion.py, rescoring.py and registry.py."""
 
+import shutil
 import subprocess
 import sys
 import threading
