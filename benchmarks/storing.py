@@ -127,8 +127,10 @@ def compare(
 
 def settle(store: Stored) -> None:
     """Wait until nothing more arrives in a store, and all that is there was acted on."""
-    before = None
+    before, deadline = None, time.monotonic() + PATIENCE
     while before != (before := store.count()) or before[0] > before[1]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{store.name} has not acted on all scores after {PATIENCE} s: {before}")
         time.sleep(2)
 
 

@@ -29,7 +29,7 @@ def assign(user_id: str, experiment: str, shares: Mapping[str, float]) -> str:
 
 
 def assigner(experiment: str, shares: Mapping[str, float]) -> Callable[[str], str]:
-    """Return a function that does for one user after the other what `assign` does, in a third of the time.
+    """Return a function that does for one user after the other what `assign` does, and checks the shares once.
 
     Args and Raises: as for `assign`.
     """

@@ -4,8 +4,6 @@ It makes what is missing (the state's folder, the token of the operator, the key
 the store), starts the programs and starts those again that die. They end with it. It takes Linux.
 """
 
-import ctypes
-import fcntl
 import os
 import secrets
 import signal
@@ -13,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import BinaryIO
 
 from sqlalchemy.exc import DBAPIError
 
-from engine.supervisor import DRAIN, NOTICE, PR_SET_PDEATHSIG
-from operations.store import STATE, migrate, open_store
+from engine.supervisor import DRAIN, NOTICE
+from operations.guard import end_with
+from operations.store import STATE, lock, migrate, open_store
 
 PROGRAMS = ("jobs", "web", "spool", "actions")  # in the order of their end: what was scored is stored, then acted on
 TICK = 0.5  # seconds between two looks at them
@@ -37,19 +37,12 @@ class Program:
 
     def start(self) -> None:
         """Start it, out of reach of Ctrl-C, which is for this process alone."""
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)
-
         self.started, self.due = time.monotonic(), None
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"operations.{self.name}"],
             pass_fds=[self.lock.fileno()],
             process_group=0,
-            preexec_fn=end_with_parent,
+            preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),
         )
 
     def look(self) -> int | None:
@@ -80,7 +73,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
-        lock = lock_state()
+        held = lock_state()
         (STATE / "server.pid").unlink(missing_ok=True)  # of one that was killed
         for name in ("token", "key"):
             variable = f"OPERATIONS_{name.upper()}"
@@ -95,7 +88,7 @@ def main() -> int:
         print(f"Cannot start: {error}", file=sys.stderr)
         return 1
     print(f"The operator's page is /operations; it asks for the token that lies in {STATE / 'token'}", flush=True)
-    programs, refused = [Program(name, lock) for name in PROGRAMS], False
+    programs, refused = [Program(name, held) for name in PROGRAMS], False
     while not ended.wait(TICK) and not refused:
         for program in programs:
             status = program.look()
@@ -105,7 +98,7 @@ def main() -> int:
                 print(f"{program.name} has ended with status {status}.", file=sys.stderr, flush=True)
     for program in programs:
         program.end()
-    lock.close()
+    held.close()
     return int(refused)
 
 
@@ -117,13 +110,11 @@ def lock_state() -> BinaryIO:
         ValueError: others hold it.
     """
     STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = open(STATE / "lock", "wb")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f"another one runs on {STATE}, or is about to end") from None
-    return lock
+    held = open(STATE / "lock", "wb")  # noqa: SIM115
+    if not lock(held):
+        held.close()
+        raise ValueError(f"another one runs on {STATE}, or is about to end")
+    return held
 
 
 def read_secret(name: str) -> str:

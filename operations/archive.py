@@ -1,14 +1,13 @@
 """What a backup consists of, and whether it is whole."""
 
 import configparser
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from operations.store import ROOT, known_versions
 
@@ -72,11 +71,3 @@ def dvc_remote() -> Path | None:
     config.read([folder / "config", folder / "config.local"], encoding="utf-8")
     url = config.get("'remote \"offline\"'", "url", fallback=None)
     return folder / url if url and "://" not in url else None
-
-
-def lock(file: BinaryIO) -> bool:
-    """Lock a file; return whether no other process has it."""
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False

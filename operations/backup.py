@@ -24,10 +24,10 @@ from alembic.migration import MigrationContext
 from sqlalchemy.exc import DBAPIError
 
 from operations import store
-from operations.archive import MANIFEST, SECRETS, TIME, copy_tree, describe, dvc_remote, list_files, lock
+from operations.archive import MANIFEST, SECRETS, TIME, copy_tree, describe, dvc_remote, list_files
 from operations.dump import dump_schema
 from operations.restore import restore
-from operations.store import ROOT, check_version, day_tables, days, hold_day, metadata, open_store, parts, reader
+from operations.store import ROOT, check_version, day_tables, days, hold_day, lock, metadata, open_store, parts, reader
 
 
 def back_up(folder: Path = ROOT / "backups") -> Path:
@@ -95,9 +95,9 @@ def _copy_store(engine: sa.Engine, target: Path) -> dict[str, Any]:
     options = {} if is_sqlite else {"isolation_level": "REPEATABLE READ"}
     with reader(engine).execution_options(**options).connect() as connection:
         try:
-            with engine.begin() as lock:  # nobody stores scores, or closes a day, until the moment is noted
+            with engine.begin() as alone:  # nobody stores scores, or closes a day, until the moment is noted
                 if not is_sqlite:
-                    lock.execute(sa.text("LOCK TABLE days, spool IN SHARE ROW EXCLUSIVE MODE"))
+                    alone.execute(sa.text("LOCK TABLE days, spool IN SHARE ROW EXCLUSIVE MODE"))
                 open_days = connection.scalars(sa.select(days.c.day)).all()  # the moment
                 for day in open_days:
                     hold_day(connection, day, reads=True)

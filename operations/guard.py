@@ -67,11 +67,11 @@ class Guarded:
         self.process.wait()
 
 
-def end_with(parent: int) -> None:
-    """Have this process killed when its parent ends; called after a fork, with the parent's number."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process ended by a signal when its parent ends; called after a fork, with the parent's number."""
+    _libc.prctl(PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:  # it has ended already
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), by)
 
 
 _libc = ctypes.CDLL(None)

@@ -20,13 +20,12 @@ from typing import Any
 import sqlalchemy as sa
 import yaml
 from cronsim import CronSim, CronSimError
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from operations.claims import ATTEMPTS, TWICE, WAITING, Claim, failed, take
 from operations.guard import Guarded
 from operations.repeat import RETRY, repeat
-from operations.store import ROOT, SECOND, STATE, jobs, labels, now, reader
+from operations.store import ROOT, SECOND, STATE, jobs, labels, now, reader, upsert
 
 COMMAND = (sys.executable, "-m", "operations.pipeline")  # that runs the job whose number it is given
 LEASE = 60  # seconds for which a worker has a job
@@ -60,7 +59,7 @@ def enqueue(
         if slot and connection.scalar(taken):
             return None
     values = {"kind": kind, "slot": slot, "arguments": json.dumps(arguments or {}), "attempt": 0, "created": now()}
-    insert = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(jobs).values(**values, **WAITING)
+    insert = upsert(engine, jobs).values(**values, **WAITING)
     with engine.begin() as connection:
         return connection.scalar(insert.on_conflict_do_nothing(index_elements=["slot"]).returning(jobs.c.id))
 

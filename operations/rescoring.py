@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from engine.saved import load_card, load_model
 from operations.promotion import find_candidate, find_model, model_path
-from operations.store import day_tables, days, hold_day, reader
+from operations.store import day_tables, days, hold_day, reader, upsert
 from score import score_batch
 
 BATCH = 2000  # messages of one transaction
@@ -73,7 +72,7 @@ def _write(
         {**of_all, "message": number, "prediction": prediction, "propensity": propensity}
         for number, (prediction, propensity) in zip(numbers, results, strict=True)
     ]
-    insert = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(day_tables(day)[1])
+    insert = upsert(engine, day_tables(day)[1])
     with engine.begin() as connection:
         if rows and hold_day(connection, day):
             connection.execute(insert.on_conflict_do_nothing(), rows)

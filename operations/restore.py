@@ -12,9 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from operations import store
-from operations.archive import SECRETS, TIME, TREES, copy_tree, dvc_remote, lock, read_manifest
+from operations.archive import SECRETS, TIME, TREES, copy_tree, dvc_remote, read_manifest
 from operations.dump import load_schema
-from operations.store import open_store
+from operations.store import lock, open_store
 
 # Where MLflow's database names files of its artefacts by their absolute paths.
 ARTEFACTS = (

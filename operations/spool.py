@@ -6,7 +6,6 @@ in the file up to which it is stored. So whatever is killed, a score is stored o
 files grow, to a limit. They are not forced to the disk: a machine that loses its power may lose the last seconds.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,15 +15,14 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import sqlalchemy as sa
 from flask import abort
-from sqlalchemy.dialects import postgresql, sqlite
 
 from engine.experiment import assigner
 from operations.repeat import repeat
-from operations.store import STATE, WORKERS, insert, models, now, reader, register, spool
+from operations.store import STATE, WORKERS, insert, lock, models, now, reader, register, spool, upsert
 from score import score
 
 LARGEST_FILE = 2**23  # bytes; then another one is begun
@@ -110,7 +108,7 @@ class Recorder:
         self.process, self.file = os.getpid(), None
         for slot in range(WORKERS):
             self.slot_file = open(self.folder / f"{slot:03}.lock", "wb")  # noqa: SIM115
-            if _lock(self.slot_file):
+            if lock(self.slot_file):
                 self.slot = slot
                 return
             self.slot_file.close()
@@ -145,7 +143,7 @@ class Recorder:
         header = json.dumps(self.header).encode() + b"\n"
         file = open(hidden, "ab", buffering=0)  # noqa: SIM115
         file.truncate(0)
-        if not _lock(file) or file.write(header) < len(header):
+        if not lock(file) or file.write(header) < len(header):
             file.close()
             raise OSError("the disk is full")
         hidden.rename(self.folder / f"{now()}-{self.slot:03}.jsonl")
@@ -163,15 +161,6 @@ def _read(fields: dict[str, Any], name: str, longest: int) -> str | None:
 def _bytes(text: str) -> bytes:
     """Return a text in UTF-8; halves of surrogate pairs become question marks."""
     return text.encode("utf-8", "replace")
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or its process ends; return whether no other process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # The other end
@@ -197,7 +186,7 @@ def _move_file(engine: sa.Engine, path: Path) -> int:
     """Store what a file holds, and delete it if nothing will be added."""
     count, here = 0, spool.c.file == path.name
     with open(path, "rb") as file:
-        is_whole = _lock(file)
+        is_whole = lock(file)
         header = file.readline()
         ids = _model_ids(engine, header)
         with reader(engine).connect() as connection:
@@ -212,9 +201,8 @@ def _move_file(engine: sa.Engine, path: Path) -> int:
             offset += len(part)
             with engine.begin() as connection:
                 insert(connection, rows)
-                upsert = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(spool)
-                upsert = upsert.values(file=path.name, offset=offset)
-                connection.execute(upsert.on_conflict_do_update(index_elements=["file"], set_={"offset": offset}))
+                place = upsert(engine, spool).values(file=path.name, offset=offset)
+                connection.execute(place.on_conflict_do_update(index_elements=["file"], set_={"offset": offset}))
             count += part.count(b"\n")
         if is_whole:  # the file goes before its place does, or what it holds might be stored again
             path.unlink()

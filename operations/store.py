@@ -9,6 +9,7 @@ Times are whole microseconds since 1970 (UTC). The number of a message is such a
 number of the worker that scored it: messages lie in the order of their time, and their day follows from their number.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import alembic.command
 import alembic.config
@@ -159,6 +160,14 @@ def day_tables(day: str) -> tuple[sa.Table, sa.Table]:
     return messages, scores
 
 
+def lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or its process ends; return whether no other process has it."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 # Opening
 
 
@@ -261,7 +270,7 @@ def insert(connection: sa.Connection, rows: Iterable[dict[str, Any]]) -> None:
     for day, of_day in sorted(by_day.items()):
         messages, scores = day_tables(day)
         while not hold_day(connection, day):
-            begin = _upsert(connection, days).values(day=day).on_conflict_do_nothing().returning(days.c.day)
+            begin = upsert(connection, days).values(day=day).on_conflict_do_nothing().returning(days.c.day)
             if connection.scalar(begin):
                 messages.metadata.create_all(connection)
         new = [row for row in of_day if "arm" in row]
@@ -288,9 +297,14 @@ def _of(row: dict[str, Any], table: sa.Table) -> dict[str, Any]:
     return {name: row.get(name) for name in names}
 
 
-def _upsert(connection: sa.Connection, table: sa.Table) -> Any:
-    """Return a statement that inserts, and knows what to do where a row is there already."""
-    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+def upsert(on: sa.Engine | sa.Connection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+    """Return a statement that inserts into a table, and can say what to do where a row is there already.
+
+    Args:
+        on: the store, or a connection to it: each kind of database has a statement of its own.
+        table: that it inserts into.
+    """
+    return (postgresql if on.dialect.name == "postgresql" else sqlite).insert(table)
 
 
 # Reading
@@ -387,7 +401,7 @@ def add_label(
     said = (labels.c.message == message) & (labels.c.source == source)
     values = {"label": label, "received": now(), "text": text, "sender": sender}
     with engine.begin() as connection:
-        first = _upsert(connection, labels).values(message=message, source=source, **values).on_conflict_do_nothing()
+        first = upsert(connection, labels).values(message=message, source=source, **values).on_conflict_do_nothing()
         if connection.scalar(first.returning(labels.c.id)):
             return True
         connection.execute(labels.update().where(said).values(**values))
@@ -426,7 +440,7 @@ def register(
     values |= {"state": state, "mlflow_version": mlflow_version, "promoted": at if state == "serving" else None}
     same = sa.select(models.c.id).where(models.c.sha256 == card["sha256"])
     with engine.begin() as connection:
-        new = _upsert(connection, models).values(**values).on_conflict_do_nothing()
+        new = upsert(connection, models).values(**values).on_conflict_do_nothing()
         number = connection.scalar(new.returning(models.c.id))
         return (connection.scalar(same), False) if number is None else (number, True)
 

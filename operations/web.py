@@ -5,7 +5,6 @@ OPERATIONS_KEY is the key of the hashes of senders, and OPERATIONS_TOKEN what th
 there are none. SIGHUP has it load the model and the candidate that are there by then.
 """
 
-import fcntl
 import os
 import signal
 import sys
@@ -26,7 +25,7 @@ from operations.promotion import find_candidate, first_model, model_path
 from operations.routes import make_routes
 from operations.schemas import Problem
 from operations.spool import Recorder
-from operations.store import ROOT, STATE, check_version, open_store
+from operations.store import ROOT, STATE, check_version, lock, open_store
 from score import load_card, load_model
 
 PATIENCE = 3  # seconds that a request waits for the store, less than for its turn
@@ -137,10 +136,8 @@ def main() -> None:
     """Serve, and say in the state's folder which process does."""
     STATE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes it over
-    with open(STATE / "server.lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with open(STATE / "server.lock", "wb") as alone:
+        if not lock(alone):
             sys.exit(f"Cannot serve: another process serves from {STATE}")
         try:
             serve(load_and_tell)

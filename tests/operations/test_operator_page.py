@@ -571,11 +571,11 @@ def test_it_asks_modestly_and_not_at_all_while_hidden(url, engine, open_page):
 
     sign_in(page)
     expect(page.get_by_role("status")).to_have_text("No job is running.")
-    assert 5 <= requests_in(30) <= 20
+    assert 10 <= requests_in(30) <= 20
     put_job(engine, "train", **running())
     page.clock.run_for(10_000)
     expect(page.get_by_role("progressbar")).to_be_visible()
-    assert 15 <= requests_in(30) <= 35
+    assert 20 <= requests_in(30) <= 35
     page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
     requests_in(3)  # those that are on their way
     assert requests_in(15) == 0

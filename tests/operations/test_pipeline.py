@@ -208,7 +208,7 @@ def test_refusal_names_each_condition_with_its_figures(state, store, candidate):
         "AUCPR (today) falls from 0.9800 to 0.9000, by more than 0.005",
         "ham blocked (today) rises from 1.00% to 2.51%, by more than 0.50%",
         "it has scored 10 messages in shadow, of 1000 needed",
-        "it decides 30.0% of 10 messages in shadow otherwise, more than 5.0%",
+        "it decides 30.0% of 10 messages in shadow otherwise, more than 2.0%",
     ):
         assert part in str(refusal.value)
     assert linked(state) == own
@@ -226,7 +226,7 @@ ENOUGH = {"messages": 1000, "changed": 20}
         ({"aucpr": 0.9749}, ENOUGH, 1),
         ({"ham_blocked": 0.0151}, ENOUGH, 1),
         ({}, {"messages": 999, "changed": 0}, 1),
-        ({}, {"messages": 1000, "changed": 51}, 1),
+        ({}, {"messages": 1000, "changed": 21}, 1),
         ({}, {"messages": 0, "changed": 0}, 1),
     ],
 )
