@@ -418,8 +418,9 @@ def test_it_serves_by_several_workers_and_takes_a_candidate_in(environment, ligh
     answers = set()
     with launched(*COMMAND, WORKERS="2", **environment) as (process, url):
         assert (tmp_path / "server.pid").read_text().split() == [str(process.pid), url.rpartition(":")[2]]
+        spam = {"text": SPAM[0], "recipient": "user 1"}  # whose messages are filtered
         for _ in range(20):  # each by a connection of its own, so by either worker
-            answers.add(requests.post(f"{url}/score", json={"text": SPAM[0]}, timeout=5).json()["id"])
+            answers.add(requests.post(f"{url}/score", json=spam, timeout=5).json()["id"])
         assert len({int(answer) % WORKERS for answer in answers}) == 2
         assert move(light_store, tmp_path / "spool") == 20
         act(light_store, 0.5)
