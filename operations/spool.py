@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ from score import score
 
 LARGEST_FILE = 2**23  # bytes; then another one is begun
 LARGEST_PART = 2**19  # bytes that are stored at a time, about 2,500 scores
-LONGEST_NAME = 40  # characters, of a region
+LONGEST_NAME = 40  # characters, of a region or a language
+LONGEST_CODE = 6  # digits
 LONGEST_ADDRESS = 100  # characters, of a sender or a recipient
 NICENESS = 10
+DIGIT = re.compile(r"\d")
 
 
 class Recorder:
@@ -68,13 +71,15 @@ class Recorder:
         """Record the scores of a request and return the names of its messages.
 
         Args:
-            fields: of the request; `sender`, `recipient` and `region` may say more about its messages.
+            fields: of the request; `sender`, `recipient`, `region` and `language` may say more about its
+                messages.
             texts: the messages.
             results: the prediction and the propensity of each.
             threshold: that the predictions were made at.
         """
         sender, recipient = (_read(fields, name, LONGEST_ADDRESS) for name in ("sender", "recipient"))
-        region, keeps = _read(fields, "region", LONGEST_NAME), self.params["retention_days"] > 0
+        region, language = (_read(fields, name, LONGEST_NAME) for name in ("region", "language"))
+        kind, keeps = kind_of(sender), self.params["retention_days"] > 0
         sender = sender and hashlib.blake2b(_bytes(sender), key=self.key, digest_size=8).hexdigest()
         beside = [self._score_beside(text) for text in texts]
         with self.lock:
@@ -86,7 +91,8 @@ class Recorder:
                 name = str(number)
                 arm, kept = self.arm_of(recipient or name), text if keeps else None
                 numbers.append(name)
-                lines.append(json.dumps([number, sender, region, arm, kept, propensity, threshold, prediction, other]))
+                line = [number, sender, region, arm, kept, propensity, threshold, prediction, other]
+                lines.append(json.dumps([*line, language, kind, len(text), len(DIGIT.findall(text))]))
             self._append("\n".join([*lines, ""]).encode(), len(lines))
         return numbers
 
@@ -156,6 +162,16 @@ def _read(fields: dict[str, Any], name: str, longest: int) -> str | None:
     if value is not None and not (isinstance(value, str) and len(value) <= longest):
         abort(400, f"{name} must be a string of at most {longest} characters")
     return value or None
+
+
+def kind_of(sender: str | None) -> str | None:
+    """Return what kind of address a sender has: a "short code" of at most six digits, a "number" or a "name"."""
+    if sender is None:
+        return None
+    digits = re.sub(r"[\s()+.-]", "", sender)
+    if not digits.isdecimal():
+        return "name"
+    return "short code" if len(digits) <= LONGEST_CODE else "number"
 
 
 def _bytes(text: str) -> bytes:
@@ -229,8 +245,10 @@ def _shadow_threshold(header: bytes) -> float:
 
 def _rows(line: bytes, ids: tuple[int, int | None], header: bytes) -> list[dict[str, Any]]:
     """Return the rows for the store that a line holds: the score, and that of the candidate."""
-    number, sender, region, arm, text, propensity, threshold, prediction, other = json.loads(line)
+    number, sender, region, arm, text, propensity, threshold, prediction, other, *more = json.loads(line)
+    language, kind, characters, digits = more or [None] * 4  # none in a file of the version before
     about = {"sender": sender and bytes.fromhex(sender), "region": clean(region), "arm": arm, "text": clean(text)}
+    about |= {"language": clean(language), "sender_kind": kind, "characters": characters, "digits": digits}
     score_ = {"message": number, "model": ids[0], "shadow": False, "propensity": propensity, "threshold": threshold}
     rows = [{**about, **score_, "prediction": prediction}]
     if other is not None:

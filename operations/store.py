@@ -79,6 +79,16 @@ evaluations = sa.Table(
     sa.Column("end", sa.BigInteger, nullable=False),
     sa.Column("result", sa.Text, nullable=False),
 )
+drift = sa.Table(
+    "drift",
+    metadata,
+    sa.Column("id", Key, primary_key=True),
+    sa.Column("created", sa.BigInteger, nullable=False),
+    sa.Column("start", sa.BigInteger, nullable=False),
+    sa.Column("end", sa.BigInteger, nullable=False),
+    sa.Column("model", Key, nullable=False),  # whose reference the period was compared with
+    sa.Column("result", sa.Text, nullable=False),
+)
 jobs = sa.Table(
     "jobs",
     metadata,
@@ -115,7 +125,8 @@ SCHEMA = pa.schema(  # of those files, and of what `read_scores` yields
     {
         **{"message": pa.int64(), "model": pa.int64(), "shadow": pa.bool_(), "propensity": pa.float64()},
         **{"threshold": pa.float64(), "prediction": pa.bool_(), "action": pa.string(), "sender": pa.binary()},
-        **{"region": pa.string(), "arm": pa.string()},
+        **{"region": pa.string(), "arm": pa.string(), "language": pa.string(), "sender_kind": pa.string()},
+        **{"characters": pa.int64(), "digits": pa.int64()},
     }
 )
 
@@ -142,6 +153,10 @@ def day_tables(day: str) -> tuple[sa.Table, sa.Table]:
         sa.Column("region", sa.String(40)),
         sa.Column("arm", sa.String(40), nullable=False),
         sa.Column("text", sa.Text),
+        sa.Column("language", sa.String(40)),
+        sa.Column("sender_kind", sa.String(10)),  # short code, number or name
+        sa.Column("characters", sa.Integer),  # of the text, and digits among them
+        sa.Column("digits", sa.Integer),
     )
     scores = sa.Table(
         f"scores_{day}",
@@ -262,7 +277,7 @@ def insert(connection: sa.Connection, rows: Iterable[dict[str, Any]]) -> None:
     Args:
         connection: of a transaction that may write.
         rows: of each score the columns of `day_tables`: `message`, `model`, `shadow` and so on, and with the first
-            score of a message `sender`, `region`, `arm` and `text`.
+            score of a message `arm` and what is known of the message: `sender`, `region`, `text` and so on.
     """
     by_day: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -320,7 +335,7 @@ def read_scores(engine: sa.Engine, start: int, end: int, folder: Path | None = N
 
     Yields:
         Tables with a row for each score: `message`, `model`, `shadow`, `propensity`, `threshold`, `prediction`,
-        `action`, `sender`, `region`, `arm`.
+        `action`, `sender`, `region`, `arm`, `language`, `sender_kind`, `characters`, `digits`.
     """
     first, last = start * WORKERS, end * WORKERS
     within = (day_of(first), day_of(last - 1))
@@ -330,7 +345,7 @@ def read_scores(engine: sa.Engine, start: int, end: int, folder: Path | None = N
             is_open = hold_day(connection, day, reads=True)
             for path in closed_parts(connection, day, folder):
                 rows = (ds.field("message") >= first) & (ds.field("message") < last)
-                for batch in ds.dataset(path).to_batches(filter=rows, batch_size=CHUNK):
+                for batch in ds.dataset(path, schema=SCHEMA).to_batches(filter=rows, batch_size=CHUNK):
                     if batch.num_rows:
                         yield batch.to_pandas()
             if is_open:
@@ -351,7 +366,7 @@ def _read_day(connection: sa.Connection, query: sa.Select) -> Iterator[pa.Table]
 def select_scores(day: str) -> sa.Select:
     """Return the query for all scores of a day that is not closed, in the order of the messages."""
     messages, scores = day_tables(day)
-    about = (messages.c.sender, messages.c.region, messages.c.arm)  # none, if the day was closed meanwhile
+    about = [messages.c[name] for name in SCHEMA.names if name in messages.c]  # none, if it was closed meanwhile
     joined = scores.outerjoin(messages, scores.c.message == messages.c.id)
     return sa.select(scores, *about).select_from(joined).order_by("message")
 

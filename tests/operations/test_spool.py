@@ -19,7 +19,7 @@ from werkzeug.exceptions import BadRequest
 
 from app import create_app
 from operations.actions import act
-from operations.spool import Recorder, move
+from operations.spool import Recorder, kind_of, move
 from operations.store import day_of, day_tables, labels, models, now, open_store, read_scores, reader, spool
 
 PARAMS = {
@@ -80,8 +80,8 @@ def kill(process):
 
 def test_scores_reach_the_store_once_with_what_is_known_of_the_message(recorder, store, tmp_path):
     record = recorder(tmp_path / "spool")
-    fields = {"sender": "+44 7700 900461", "region": "north"}
-    names = record(fields, ["win", "hi"], [(True, 0.95), (False, 0.25)], 0.5)
+    fields = {"sender": "+44 7700 900461", "region": "north", "language": "en"}
+    names = record(fields, ["win 100", "hi"], [(True, 0.95), (False, 0.25)], 0.5)
     names += record({}, ["hello"], [(False, 0.125)], 0.5)
     assert move(store, tmp_path / "spool") == 3
     assert move(store, tmp_path / "spool") == 0
@@ -89,11 +89,45 @@ def test_scores_reach_the_store_once_with_what_is_known_of_the_message(recorder,
     assert found["message"].astype(str).tolist() == names
     assert found["propensity"].tolist() == [0.95, 0.25, 0.125]
     assert found["prediction"].tolist() == [True, False, False]
-    assert found["region"].tolist()[:2] == ["north", "north"]
+    about = ["region", "language", "sender_kind", "characters", "digits"]
+    known = found[about].astype(object).where(found[about].notna(), None).to_numpy().tolist()
+    assert known == [
+        ["north", "en", "number", 7, 3],
+        ["north", "en", "number", 2, 0],
+        [None, None, None, 5, 0],
+    ]
     assert found["sender"][0] == found["sender"][1] != found["sender"][2]
     assert b"7700" not in found["sender"][0]
     with store.connect() as connection:
         assert connection.scalars(sa.select(models.c.sha256)).all() == [CARD["sha256"]]
+
+
+def test_a_file_of_the_version_before_is_stored(recorder, store, tmp_path):
+    record = recorder(tmp_path / "spool")
+    record({"region": "north"}, ["hi"], [(False, 0.25)], 0.5)
+    [path] = (tmp_path / "spool").glob("*.jsonl")
+    record.close()
+    header, line = path.read_text().splitlines()
+    path.write_text(f"{header}\n{json.dumps(json.loads(line)[:9])}\n")
+    assert move(store, tmp_path / "spool") == 1
+    found = stored(store)
+    assert found["region"].tolist() == ["north"]
+    assert found["characters"].isna().tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("sender", "kind"),
+    [
+        ("80182", "short code"),
+        ("+44 (7700) 900-461", "number"),
+        ("Bank", "name"),
+        ("24/7", "name"),
+        ("+", "name"),
+        (None, None),
+    ],
+)
+def test_senders_are_of_three_kinds(sender, kind):
+    assert kind_of(sender) == kind
 
 
 @pytest.mark.parametrize("days", [0, 7])
@@ -133,7 +167,7 @@ def test_answers_name_the_message_by_each_path(recorder, tmp_path):
     names += [result["id"] for result in client.post("/score/batch", json={"texts": ["x", "y"]}).json["results"]]
     lines = b"".join(path.read_bytes() for path in (tmp_path / "spool").glob("*.jsonl")).splitlines()[1:]
     assert [str(json.loads(line)[0]) for line in lines] == names == sorted(set(names))
-    for wrong in ({"sender": 7}, {"region": "x" * 41}, {"recipient": ["x"]}):
+    for wrong in ({"sender": 7}, {"region": "x" * 41}, {"language": 7}, {"recipient": ["x"]}):
         answer = client.post("/score", json={"text": "x", **wrong})
         assert answer.status_code == 400
         assert next(iter(wrong)) in answer.json["error"]

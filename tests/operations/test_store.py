@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from threading import Barrier
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -62,6 +63,7 @@ def row(at, action="deliver", **values):
     """Return a row of a message of a time, in microseconds."""
     decided = {"propensity": 0.25, "threshold": 0.5, "prediction": False, "action": action}
     about = {"sender": b"12345678", "region": "north", "arm": "filtered", "text": None}
+    about |= {"language": "en", "sender_kind": "name", "characters": 7, "digits": 1}
     return {"message": at * WORKERS, "model": 1, "shadow": False, **decided, **about, **values}
 
 
@@ -92,6 +94,28 @@ def test_the_migrations_make_the_tables_that_the_programs_know(store):
     check_version(store)
     with reader(store).connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_store_of_an_older_version_is_brought_to_the_newest_with_its_days(store, tmp_path):
+    new = {"language", "sender_kind", "characters", "digits"}
+    add(store, row(MIDNIGHT), row(MIDNIGHT + DAY))
+    with store.begin() as connection:
+        for day in ("20261124", "20261125"):
+            for name in new:
+                connection.execute(sa.text(f"ALTER TABLE messages_{day} DROP COLUMN {name}"))
+        metadata.tables["drift"].drop(connection)
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+    with pytest.raises(ValueError, match="have version 0002"):
+        check_version(store)
+    migrate(store)
+    add(store, row(MIDNIGHT + 1))
+    close_day(store, "20261124", tmp_path)
+    found = find_message(store, MIDNIGHT * WORKERS, tmp_path)
+    assert {name for name, value in found.items() if value is None} == new
+    assert find_message(store, (MIDNIGHT + 1) * WORKERS, tmp_path)["characters"] == 7
+    path = tmp_path / "20261124-0.parquet"  # such a file may be of that version too
+    pq.write_table(pq.read_table(path).drop_columns(sorted(new)), path)
+    assert find_message(store, (MIDNIGHT + 1) * WORKERS, tmp_path)["characters"] is None
 
 
 def test_a_store_of_another_version_is_refused(store_url):
