@@ -80,7 +80,7 @@ class Recorder:
         sender, recipient = (_read(fields, name, LONGEST_ADDRESS) for name in ("sender", "recipient"))
         region, language = (_read(fields, name, LONGEST_NAME) for name in ("region", "language"))
         kind, keeps = kind_of(sender), self.params["retention_days"] > 0
-        sender = sender and hashlib.blake2b(_bytes(sender), key=self.key, digest_size=8).hexdigest()
+        sender = sender and hash_sender(sender, self.key).hex()
         beside = [self._score_beside(text) for text in texts]
         with self.lock:
             if self.process != os.getpid():
@@ -164,6 +164,11 @@ def _read(fields: dict[str, Any], name: str, longest: int) -> str | None:
     return value or None
 
 
+def hash_sender(sender: str, key: bytes) -> bytes:
+    """Return the keyed hash that stands for a sender in the store."""
+    return hashlib.blake2b(_bytes(sender), key=key, digest_size=8).digest()
+
+
 def kind_of(sender: str | None) -> str | None:
     """Return what kind of address a sender has: a "short code" of at most six digits, a "number" or a "name"."""
     if sender is None:
@@ -231,10 +236,15 @@ def _move_file(engine: sa.Engine, path: Path) -> int:
 def _model_ids(engine: sa.Engine, header: bytes) -> tuple[int, int | None]:
     """Return the numbers of the model and of the candidate that a file's header names."""
     named = json.loads(header)
+    model = find_model(engine, named["card"])
+    return model, register(engine, named["shadow"], "candidate")[0] if named["shadow"] else None
+
+
+def find_model(engine: sa.Engine, card: dict[str, Any]) -> int:
+    """Return the number of the model of a card; a store that knows none yet takes it for the one that serves."""
     with reader(engine).connect() as connection:
         serves = connection.scalar(sa.select(sa.exists().where(models.c.state == "serving")))
-    model, _ = register(engine, named["card"], "retired" if serves else "serving")
-    return model, register(engine, named["shadow"], "candidate")[0] if named["shadow"] else None
+    return register(engine, card, "retired" if serves else "serving")[0]
 
 
 @lru_cache
