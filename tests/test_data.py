@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import runpy
 
 import numpy as np
 import pandas as pd
@@ -262,3 +263,29 @@ def test_failed_save_leaves_the_old_file(prepare, tmp_path):
         prepare.save_data(Broken(), file)
     assert file.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_profile_says_in_words_what_moved(tmp_path, monkeypatch, capsys):
+    messages = pd.DataFrame(
+        {
+            "label": ["ham"] * 300 + ["spam"] * 60,
+            "text": [f"See you at home{'!' * (i % 9)}" for i in range(300)]
+            + [f"Call 0906{i} now to claim £100" for i in range(60)],
+        }
+    )
+    codes = pd.DataFrame({"label": "ham", "text": [f"Your code is {482000 + i}" for i in range(100)]})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    said = []
+    for version in (messages, messages, pd.concat([messages, codes])):
+        version.to_csv("data/raw_data.csv", index=False)
+        runpy.run_path(str(ROOT / "data/profile_messages.py"), run_name="__main__")
+        said.append(capsys.readouterr().out.splitlines())
+    assert said[0] == ["No version before to compare with."]
+    assert said[1] == [
+        "There were 360 messages, and are 360.",
+        "Neither the share of spam nor the means of the features moved.",
+    ]
+    assert said[2][0] == "There were 360 messages, and are 460."
+    assert any(line.startswith("The mean of digits of ham went from 0.0 to 1.5 (p = ") for line in said[2])
+    assert not any("of spam went" in line and "mean" in line for line in said[2])
