@@ -1,5 +1,7 @@
 PYTHON ?= python3
 PORT ?= 5000
+RATE ?= 100000/min
+SECONDS ?= 60
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt requirements-operations.txt benchmarks/requirements.txt
@@ -31,7 +33,7 @@ endef
 export STRIP
 
 .PHONY: help run impact style check test coverage serve ui notebooks transfer bench attack evaluate \
-	operate story backup restore forget image up down hooks \
+	operate stream story backup restore forget image up down hooks \
 	lock clean clean-experiments
 
 help:  ## list the targets
@@ -89,6 +91,9 @@ evaluate: .venv/requirements.txt  ## measure the saved model on FILE, a labelled
 
 operate: .venv/requirements-operations.txt  ## run the service with its store, jobs and actions, and the operator's page
 	PORT=$(PORT) $(BIN)/python -m operations
+
+stream: .venv/requirements-operations.txt  ## replay messages of FILE or of today through queue, scorers and store, at RATE for SECONDS
+	@$(BIN)/python -m operations.replay --rate $(RATE) --seconds $(SECONDS) "$(or $(FILE),data/today.tsv)"
 
 story: .venv/requirements-operations.txt build/prepare.ipynb  ## send messages to it, complain, train on that, promote
 	@$(BIN)/python -m operations.story

@@ -30,16 +30,16 @@ PATIENCE = NOTICE + DRAIN + 10  # seconds that a program may take to end
 class Program:
     """One of the programs, which is started again when it dies."""
 
-    def __init__(self, name: str, lock: BinaryIO):
+    def __init__(self, name: str, lock: BinaryIO, *arguments: str):
         """Start `python -m operations.<name>`, which holds the lock on the state as long as it lives."""
-        self.name, self.lock, self.deaths = name, lock, 0
+        self.name, self.lock, self.arguments, self.deaths = name, lock, arguments, 0
         self.start()
 
     def start(self) -> None:
         """Start it, out of reach of Ctrl-C, which is for this process alone."""
         self.started, self.due = time.monotonic(), None
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"operations.{self.name}"],
+            [sys.executable, "-m", f"operations.{self.name}", *self.arguments],
             pass_fds=[self.lock.fileno()],
             process_group=0,
             preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),
