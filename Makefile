@@ -32,7 +32,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run impact style check test coverage serve ui notebooks transfer bench attack evaluate \
+.PHONY: help run impact style check test coverage serve ui notebooks transfer bench profile attack evaluate \
 	operate stream story backup restore forget image up down hooks \
 	lock clean clean-experiments
 
@@ -81,6 +81,9 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 bench: build/bench/requirements.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
 	build/bench/bin/python -m benchmarks.storing
+
+profile: .venv/requirements-operations.txt  ## where the time and the memory of prepare, train, score and evaluate go
+	$(BIN)/python -m benchmarks.profiles
 
 attack: .venv/requirements.txt  ## attack the service with bad input, faults and heavy clients
 	$(BIN)/python -m benchmarks.attack
