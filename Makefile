@@ -33,7 +33,7 @@ endef
 export STRIP
 
 .PHONY: help run impact style check test coverage serve ui notebooks transfer bench profile attack evaluate \
-	operate stream story backup restore forget image up down hooks \
+	operate stream batch story backup restore forget image up down hooks \
 	lock clean clean-experiments
 
 help:  ## list the targets
@@ -81,6 +81,7 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 bench: build/bench/requirements.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
 	build/bench/bin/python -m benchmarks.storing
+	build/bench/bin/python -m benchmarks.batches
 
 profile: .venv/requirements-operations.txt  ## where the time and the memory of prepare, train, score and evaluate go
 	$(BIN)/python -m benchmarks.profiles
@@ -97,6 +98,10 @@ operate: .venv/requirements-operations.txt  ## run the service with its store, j
 
 stream: .venv/requirements-operations.txt  ## replay messages of FILE or of today through queue, scorers and store, at RATE for SECONDS
 	@$(BIN)/python -m operations.replay --rate $(RATE) --seconds $(SECONDS) "$(or $(FILE),data/today.tsv)"
+
+batch: .venv/requirements-operations.txt  ## score the messages in IN, files here or on S3, to the folder OUT
+	@test -n "$(IN)" -a -n "$(OUT)" || { echo "Name input and output: make batch IN=folder-or-url OUT=folder" >&2; exit 1; }
+	@$(BIN)/python -m operations.batch "$(IN)" "$(OUT)"
 
 story: .venv/requirements-operations.txt build/prepare.ipynb  ## send messages to it, complain, train on that, promote
 	@$(BIN)/python -m operations.story

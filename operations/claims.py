@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from operations.store import jobs, now, reader
 
 ATTEMPTS = 2
-EXCLUSIVE = ({"train"}, {"promote", "roll_back"})  # of each set one job runs at a time
+EXCLUSIVE = ({"train"}, {"promote", "roll_back"}, {"score_files"})  # of each set one job runs at a time
 WAITING = {
     **{"state": "waiting", "worker": None, "lease": None, "started": None, "progress": 0},
     "message": "It waits for a worker.",

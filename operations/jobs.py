@@ -6,6 +6,7 @@ same number. Whatever a worker or its job writes, it writes only while the job i
 Clocks of machines that share a store must agree within a few seconds.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -13,8 +14,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +25,7 @@ import yaml
 from cronsim import CronSim, CronSimError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from operations.archive import MANIFEST, TIME
 from operations.claims import ATTEMPTS, TWICE, WAITING, Claim, failed, take
 from operations.guard import Guarded
 from operations.repeat import RETRY, repeat
@@ -30,6 +34,7 @@ from operations.store import ROOT, SECOND, STATE, jobs, labels, now, reader, ups
 COMMAND = (sys.executable, "-m", "operations.pipeline")  # that runs the job whose number it is given
 LEASE = 60  # seconds for which a worker has a job
 HEARTBEAT = 5  # seconds from one renewal to the next
+SETTLED = 60  # seconds without a change, after which a file has arrived
 MISSED = timedelta(hours=1)  # a time that has passed for longer is not made up
 LONGEST_TAIL = 2**17  # bytes of a log
 LONGEST_SENTENCE = 500  # characters
@@ -110,14 +115,40 @@ def _decode(row: sa.Row) -> dict[str, Any]:
 # What is due
 
 
-def enqueue_due(engine: sa.Engine, schedule: Mapping[str, str], train_after: int, at: datetime) -> list[int]:
-    """Enqueue what a schedule and new labels ask for, once, however many programs do so.
+def find_waiting(batch: Mapping[str, Any], at: datetime) -> list[tuple[Path, Path]]:
+    """Find the files that have arrived and are not scored, each with the folder for its scores.
+
+    Args:
+        batch: the section `operations.batch` of params.yaml.
+        at: the time. A file that has changed in the minute before may still be on its way.
+    """
+    waiting = []
+    for path in sorted((STATE / batch["inbox"]).glob("[!._]*")):
+        with suppress(FileNotFoundError):  # it has gone again
+            about = path.stat()
+            modified = datetime.fromtimestamp(about.st_mtime, UTC)
+            folder = STATE / batch["out"] / f"{path.name}-{modified:{TIME}}"
+            is_whole = path.is_file() and about.st_ctime <= at.timestamp() - SETTLED
+            if is_whole and not (folder / MANIFEST).exists():
+                waiting.append((path, folder))
+    return waiting
+
+
+def enqueue_due(
+    engine: sa.Engine,
+    schedule: Mapping[str, str],
+    train_after: int,
+    at: datetime,
+    batch: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Enqueue what a schedule, new labels and new files ask for, once, however many programs do so.
 
     Args:
         engine: of the store.
         schedule: for each kind of job when it is due, as cron writes it, in UTC.
         train_after: how many labels since the last training was begun are enough for another one.
         at: the time.
+        batch: says where files arrive, as for `find_waiting`; by default nowhere.
 
     Returns:
         The numbers of the jobs.
@@ -133,6 +164,9 @@ def enqueue_due(engine: sa.Engine, schedule: Mapping[str, str], train_after: int
         enough = connection.scalar(new.order_by("received", "id").offset(train_after - 1).limit(1))
     if enough:
         slots.append(("train", f"train on label {enough}"))
+    if files := find_waiting(batch, at) if batch else ():
+        names = "/".join(folder.name for _, folder in files)
+        slots.append(("score_files", f"score_files {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"))
     numbers = [enqueue(engine, kind, slot=slot) for kind, slot in slots]
     return [number for number in numbers if number]
 
@@ -238,11 +272,12 @@ def work(
     command: Sequence[str] = COMMAND,
     lease: float = LEASE,
     heartbeat: float = HEARTBEAT,
+    batch: Mapping[str, Any] | None = None,
 ) -> None:
     """Run jobs and enqueue those that are due until SIGTERM or Ctrl-C; then give back the one in hand.
 
     Args:
-        schedule, train_after: as for `enqueue_due`.
+        schedule, train_after, batch: as for `enqueue_due`.
         command, lease, heartbeat: as for `Worker`.
 
     Raises:
@@ -253,7 +288,7 @@ def work(
             CronSim(line, datetime.now(UTC))
         except CronSimError as error:
             raise ValueError(f"operations.schedule of params.yaml cannot be read: {kind}: {line!r}: {error}") from None
-    due = partial(enqueue_due, schedule=schedule, train_after=train_after)
+    due = partial(enqueue_due, schedule=schedule, train_after=train_after, batch=batch)
     worker = Worker(due, command, lease, heartbeat)
     repeat(worker.step, worker.give_back)
 
@@ -318,6 +353,6 @@ def _sentence(error: BaseException) -> str:
 if __name__ == "__main__":
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]
     try:
-        work(params["schedule"], params["train_after"])
+        work(params["schedule"], params["train_after"], batch=params["batch"])
     except ValueError as error:
         sys.exit(str(error))

@@ -7,7 +7,6 @@ which is removed afterwards, so that no job touches the work tree and none runs 
 import csv
 import fcntl
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ import sqlalchemy as sa
 import yaml
 
 from engine.saved import MODEL_PATH, load_card
-from operations import store
+from operations import batch, store
 from operations.evaluation import evaluate_window
-from operations.jobs import run_job
+from operations.jobs import find_waiting, run_job
 from operations.promotion import find_model, first_model, keep, model_path, promote, reload_service, roll_back
 from operations.registry import add_version
 from operations.rescoring import rescore
-from operations.store import SECOND, WORKERS, day_of, day_tables, days, labels, models, now, open_store, reader
+from operations.scores import plan
+from operations.store import SECOND, WORKERS, day_of, day_tables, days, labels, locked, models, now, open_store, reader
 
 Report = Callable[[float, str], None]
 LONGEST = 2000  # characters of a message that prepare.ipynb takes
@@ -49,28 +50,17 @@ def scratch() -> Iterator[Path]:
     folder = store.STATE / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with _locked(folder):  # so that nobody takes a new folder for one that was left
+        with locked(folder):  # so that nobody takes a new folder for one that was left
             for left in folder.iterdir():
-                with suppress(BlockingIOError), _locked(left, fcntl.LOCK_NB):
+                with suppress(BlockingIOError), locked(left, fcntl.LOCK_NB):
                     shutil.rmtree(left)
             mine = Path(tempfile.mkdtemp(dir=folder))
-            stack.enter_context(_locked(mine))
+            stack.enter_context(locked(mine))
             stack.callback(shutil.rmtree, mine, ignore_errors=True)
         done = subprocess.run(["git", "clone", "--quiet", store.ROOT, mine], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{store.ROOT} cannot be cloned by git, which this job takes: {done.stderr.strip()}")
         yield mine
-
-
-@contextmanager
-def _locked(folder: Path, how: int = 0) -> Iterator[None]:
-    """Lock a folder, for as long as this process lives at most."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def run_notebook(folder: Path, name: str, report: Report, done: float, part: float, **parameters: Any) -> None:
@@ -218,6 +208,34 @@ def keep_recipe(clone: Path, card: dict[str, Any]) -> None:
 # The others
 
 
+def score_files(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Score the files that have arrived in the folder for them, by the model that serves.
+
+    Returns:
+        "files": for the name of each its "rows", "spam" and "errors", and the "folder" of its scores.
+
+    Raises:
+        ValueError: some are bad, and each is named; the others are scored.
+    """
+    params = yaml.safe_load((store.ROOT / "params.yaml").read_text(encoding="utf-8"))["operations"]["batch"]
+    model, done, problems = first_model(engine), {}, []
+    waiting = find_waiting(params, datetime.now(UTC))
+    for i, (path, folder) in enumerate(waiting):
+
+        def tell(share: float, said: str, i: int = i, name: str = path.name) -> None:
+            print(f"{name}: {said}", flush=True)
+            report((i + share) / len(waiting), f"{name}: {said}")
+
+        try:
+            about = batch.score_files(str(path), plan(str(folder), params["text"], params["id"], model), tell)
+            done[path.name] = {"folder": str(folder), **{name: about[name] for name in ("rows", "spam", "errors")}}
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return {"files": done}
+
+
 def evaluate(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
     """Evaluate a period, from "start" to "end" in microseconds, as `evaluate_window` does."""
     return evaluate_window(engine, arguments.get("start"), arguments.get("end"))
@@ -250,7 +268,10 @@ def forget(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict
     return {"texts": store.forget(engine, params["retention_days"], params["feedback_days"])}
 
 
-KINDS = {job.__name__: job for job in (prepare, train, evaluate, rescore, promote, roll_back, close_days, forget)}
+KINDS = {
+    job.__name__: job
+    for job in (prepare, train, evaluate, rescore, score_files, promote, roll_back, close_days, forget)
+}
 
 if __name__ == "__main__":
     run_job(open_store(), KINDS, int(sys.argv[1]))

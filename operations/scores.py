@@ -29,11 +29,11 @@ from sklearn.base import BaseEstimator
 
 from engine.fields import LONGEST_TEXT
 from engine.saved import MODEL_PATH, load_card, load_model
+from operations.archive import MANIFEST
 from operations.parts import ROWS, Part, Source, find_sources, read
 from operations.store import ROOT, locked
 from score import score_batch
 
-MANIFEST = "manifest.json"
 TEXT = pa.string()
 SCHEMA = pa.schema({"id": TEXT, "propensity": pa.float64(), "prediction": pa.bool_(), "sha256": TEXT, "error": TEXT})
 OURS = re.compile(r"([0-9a-f]{16})-\d+\.parquet(\.[0-9a-f]{32})?|manifest\.json\.[0-9a-f]{32}")
