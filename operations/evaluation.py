@@ -22,6 +22,7 @@ from sklearn.metrics import average_precision_score
 from operations.store import ROOT, SECOND, WORKERS, evaluations, labels, now, read_scores, reader
 
 DAY = 86_400 * SECOND
+ABOUT = ("region", "arm", "language", "sender_kind", "characters", "digits")  # what is known of a message
 ROUNDS = 500  # of the bootstrap
 ENOUGH = 30  # messages that would have been taken down, among those of the users without a filter
 LARGEST_SAMPLE = 100_000  # messages of which AUCPR, calibration and intervals are computed
@@ -41,10 +42,7 @@ def evaluate_window(engine: sa.Engine, start: int | None = None, end: int | None
     Raises:
         ValueError: the period is none, or nothing was scored in it.
     """
-    end = now() if end is None else end
-    start = end - DAY if start is None else start
-    if start >= end:
-        raise ValueError("the period to evaluate must begin before it ends")
+    start, end = period(start, end)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     data = read_decisions(engine, start, end)
     if data.empty:
@@ -56,14 +54,29 @@ def evaluate_window(engine: sa.Engine, start: int | None = None, end: int | None
     return result
 
 
+def period(start: int | None, end: int | None) -> tuple[int, int]:
+    """Return the start and the end of a period, in microseconds; where they are None, of the day before now.
+
+    Raises:
+        ValueError: it is none.
+    """
+    end = now() if end is None else end
+    start = end - DAY if start is None else start
+    if start >= end:
+        raise ValueError("the period must begin before it ends")
+    return start, end
+
+
 def read_decisions(engine: sa.Engine, start: int, end: int) -> pd.DataFrame:
     """Return the decisions of a period with what was said of them.
 
     Returns:
-        A row for each message: `propensity`, `prediction`, `taken_down`, `region`, `arm`, and `said`: 1 for spam, 0 for
-        ham, missing where nobody said anything. A reviewer is believed before a user, a later word before an earlier.
+        A row for each message: `model`, `propensity`, `prediction`, `taken_down`, what is known of the message
+        (`region`, `arm`, `language`, `sender_kind`, `characters`, `digits`), and `said`: 1 for spam, 0 for ham, missing
+        where nobody said anything. A reviewer is believed before a user, a later word before an earlier. `reviewed` is
+        what a reviewer said.
     """
-    kept = ["message", "propensity", "prediction", "action", "region", "arm"]
+    kept = ["message", "model", "propensity", "prediction", "action", *ABOUT]
     parts = [part.loc[~part["shadow"], kept] for part in read_scores(engine, start, end)]
     data = pd.concat(parts or [pd.DataFrame(columns=kept)]).set_index("message")
     query = sa.select(labels.c.message, labels.c.source, labels.c.label, labels.c.received)
@@ -72,6 +85,7 @@ def read_decisions(engine: sa.Engine, start: int, end: int) -> pd.DataFrame:
         said = pd.read_sql(query, connection)
     said = said.assign(is_reviewer=said["source"] == "reviewer").sort_values(["is_reviewer", "received"])
     data["said"] = said.groupby("message")["label"].last().reindex(data.index)
+    data["reviewed"] = said[said["is_reviewer"]].groupby("message")["label"].last().reindex(data.index)
     data["taken_down"] = data.pop("action") == "take down"
     return data
 

@@ -26,6 +26,7 @@ from engine.saved import MODEL_PATH, load_card
 from operations import batch, store
 from operations.evaluation import evaluate_window
 from operations.jobs import find_waiting, run_job
+from operations.monitoring import monitor_window
 from operations.promotion import find_model, first_model, keep, model_path, promote, reload_service, roll_back
 from operations.registry import add_version
 from operations.rescoring import rescore
@@ -241,6 +242,12 @@ def evaluate(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> di
     return evaluate_window(engine, arguments.get("start"), arguments.get("end"))
 
 
+def monitor(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Look at a period, from "start" to "end" in microseconds, as `monitor_window` does."""
+    result = monitor_window(engine, arguments.get("start"), arguments.get("end"))
+    return {"messages": result["messages"], "alarms": result["alarms"]}
+
+
 def close_days(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[str, Any]:
     """Close the days before yesterday; return how many scores each of them had.
 
@@ -270,7 +277,7 @@ def forget(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict
 
 KINDS = {
     job.__name__: job
-    for job in (prepare, train, evaluate, rescore, score_files, promote, roll_back, close_days, forget)
+    for job in (prepare, train, evaluate, monitor, rescore, score_files, promote, roll_back, close_days, forget)
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from operations.store import (
     day_of,
     day_tables,
     days,
+    drift,
     evaluations,
     find_message,
     hold_day,
@@ -107,6 +108,16 @@ def list_evaluations(engine: sa.Engine, limit: int) -> list[dict[str, Any]]:
     query = sa.select(evaluations).order_by(evaluations.c.id.desc()).limit(limit)
     with reader(engine).connect() as connection:
         return [{**row, "result": json.loads(row["result"])} for row in connection.execute(query).mappings()]
+
+
+def list_monitored(engine: sa.Engine, limit: int) -> list[dict[str, Any]]:
+    """Return what was found when the latest periods were looked at, without what the streams remember."""
+    query = sa.select(drift).order_by(drift.c.id.desc()).limit(limit)
+    with reader(engine).connect() as connection:
+        found = [{**row, "result": json.loads(row["result"])} for row in connection.execute(query).mappings()]
+    for row in found:
+        del row["result"]["streams"]
+    return found
 
 
 def _latest(connection: sa.Connection) -> Iterator[tuple[str, sa.Subquery]]:

@@ -3,12 +3,13 @@
 from typing import Any
 
 import sqlalchemy as sa
-from flask import abort, url_for
+from flask import Response, abort, url_for
 from sklearn.base import BaseEstimator
 
 from engine.fields import refuse_long
 from operations import jobs, recent, schemas
 from operations.access import Routes
+from operations.gauges import exposition
 from operations.spool import clean
 from operations.store import SECOND, WORKERS, add_label, find_message, models, now, reader
 
@@ -59,6 +60,13 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], k
     def evaluate(period):
         """Evaluate what the filter did to users in a period"""
         return order("evaluate", period)
+
+    @routes.post("/monitor")
+    @routes.arguments(schemas.Period, required=False)
+    @accepted
+    def monitor(period):
+        """Look for drift, errors and unequal service in a period"""
+        return order("monitor", period)
 
     @routes.post("/score/stored")
     @routes.arguments(schemas.Rescoring, required=False)
@@ -152,5 +160,19 @@ def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], k
     def list_evaluations(page):
         """List the latest evaluations"""
         return recent.list_evaluations(engine, page["limit"])
+
+    @routes.get("/monitoring")
+    @routes.arguments(schemas.Page, location="query")
+    @routes.response(200, schemas.Monitored(many=True))
+    def list_monitored(page):
+        """List what was found when the latest periods were looked at"""
+        return recent.list_monitored(engine, page["limit"])
+
+    @routes.get("/operations/metrics")
+    @routes.response(200, {"type": "string"}, content_type="text/plain")
+    def expose_gauges():
+        """Tell Prometheus of the last night and of the jobs"""
+        content, content_type = exposition(engine)
+        return Response(content, content_type=content_type)
 
     return routes

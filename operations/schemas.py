@@ -197,3 +197,14 @@ class Evaluation(Schema):
     start = Time(required=True)
     end = Time(required=True)
     result = fields.Dict(required=True)
+
+
+class Monitored(Schema):
+    """What was found when a period was looked at."""
+
+    id = fields.Integer(required=True)
+    created = Time(required=True)
+    start = Time(required=True)
+    end = Time(required=True)
+    model = fields.Integer(required=True)
+    result = fields.Dict(required=True)

@@ -23,7 +23,7 @@ from operations import access, jobs, web
 from operations import store as operations_store
 from operations.actions import act
 from operations.spool import Recorder, move
-from operations.store import WORKERS, close_day, day_of, evaluations, labels, migrate, now, open_store, register
+from operations.store import WORKERS, close_day, day_of, drift, evaluations, labels, migrate, now, open_store, register
 from score import load_card, load_model
 
 TOKEN = "a token of the operator".replace(" ", "-")
@@ -38,7 +38,7 @@ PARAMS = {
 }
 CARD = stub_card(sha256="a" * 64, metrics={"test": {"today": {"aucpr": 0.9}}})
 COMMAND = (sys.executable, "-m", "operations.web")
-LISTS = ["/jobs", "/feedback", "/models", "/takedowns", "/evaluations"]
+LISTS = ["/jobs", "/feedback", "/models", "/takedowns", "/evaluations", "/monitoring"]
 
 
 @pytest.fixture
@@ -139,6 +139,7 @@ def test_requests_are_limited(light_store, serve, monkeypatch, limit, method, pa
             "evaluate",
             {"start": 3_600_000_001, "end": 7_200_000_000},
         ),
+        ("/monitor", {"start": "1970-01-01T01:00Z"}, "monitor", {"start": 3_600_000_000}),
         ("/score/stored", None, "rescore", {}),
         ("/score/stored", {"model": 1}, "rescore", {"model": 1}),
         ("/models/1/promote", None, "promote", {"model": 1}),
@@ -312,6 +313,24 @@ def test_evaluations_are_shown(light_store, serve):
     assert shown["end"] == "1970-01-01T00:00:00.000002+00:00"
 
 
+def test_what_monitoring_found_is_shown_and_told_to_prometheus(light_store, serve):
+    client = serve(light_store).client
+    assert "spam_monitored" not in client.get("/operations/metrics").text
+    evaluation = {"estimated": None, "reported": {"missed": None, "spam": None}}
+    result = {"alarms": {"drift of digits": "x"}, "drift": [], "segments": [], "evaluation": evaluation}
+    result |= {"expected_precision": None, "streams": {"propensities": [0.5]}}
+    with light_store.begin() as connection:
+        values = {"created": 3, "start": 0, "end": 2, "model": 1, "result": json.dumps(result)}
+        connection.execute(drift.insert().values(**values))
+    [shown] = client.get("/monitoring").json
+    assert shown["result"]["alarms"] == {"drift of digits": "x"}
+    assert "streams" not in shown["result"]
+    answer = client.get("/operations/metrics")
+    assert answer.content_type.startswith("text/plain; version=")
+    assert 'spam_alarm{alarm="drift of digits"} 1.0' in answer.text
+    assert client.get("/operations/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
 # Faults
 
 
@@ -370,7 +389,7 @@ def test_schemathesis(light_store, serve, monkeypatch, mode):
     register(light_store, CARD, "serving")
     schema = schemathesis.openapi.from_wsgi("/operations/openapi.json", app)
     found = [operation.ok() for operation in schema.get_all_operations()]
-    assert len(found) == 14
+    assert len(found) == 17
     for operation in found:
 
         @given(case=operation.as_strategy(generation_mode=mode))
