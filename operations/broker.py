@@ -31,7 +31,7 @@ MODELS = "sms:models"  # the cards of the models that answer
 SOCKET = STATE / "redis" / "socket"  # of the server of make stream
 SCHEMES = ("redis://", "rediss://", "unix://")
 # A client that tried again by itself would publish twice what had arrived when only the reply was lost.
-OPTIONS = {"retry": Retry(NoBackoff(), 0), "encoding_errors": "replace"}
+OPTIONS = {"retry": Retry(NoBackoff(), 0), "encoding_errors": "replace", "protocol": 2}
 
 
 def read_params() -> dict[str, Any]:

@@ -102,8 +102,13 @@ class Scorer:
             _, found = pipe.execute()
         if is_new:
             self.partitions.left.discard(partition)
-            return found[0][1] if found else [], 0
-        return found[1], deliveries
+            found = found[0] if found else [None, []]
+        return [(place, _as_dict(fields)) for place, fields in found[1]], deliveries
+
+
+def _as_dict(fields: dict[bytes, bytes] | list[bytes]) -> dict[bytes, bytes]:
+    """Return the fields of an entry, which redis-py leaves as they came in a transaction of a cluster."""
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
 
 
 def main() -> None:
