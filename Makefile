@@ -78,9 +78,10 @@ notebooks: .venv/requirements-transfer.txt | build  ## execute the committed not
 transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tweets (assignment 5)
 	$(BIN)/papermill transfer_learning.ipynb build/transfer_learning.ipynb
 
-bench: build/bench/requirements.txt  ## measure the service against others under load
+bench: build/bench/requirements.txt .venv/requirements-operations.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
 	build/bench/bin/python -m benchmarks.storing
+	$(BIN)/python -m benchmarks.nightly
 	build/bench/bin/python -m benchmarks.batches
 
 profile: .venv/requirements-operations.txt  ## where the time and the memory of prepare, train, score and evaluate go
