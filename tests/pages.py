@@ -55,7 +55,8 @@ COLOURS = """(within) => {
         if (element.matches(".meter > *"))
             for (const beside of [around, card]) add("meter", style.backgroundColor, beside);
         if (element.matches(".meter > .mark")) add("gap", style.backgroundColor, [style.outlineColor]);
-        if (element.matches("textarea, button, input, a")) {
+        if (element.matches("path:not(.grid)")) add("line", style.stroke, card);
+        if (element.matches("textarea, button, input, a, [role=slider], summary")) {
             element.focus({ focusVisible: true });
             if (style.outlineStyle !== "solid") throw Error(`no focus ring: ${name}`);
             add("focus", style.outlineColor, around);

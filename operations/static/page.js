@@ -1,6 +1,7 @@
+import { showPlots } from "./plots.js";
 import {
   clear, clock, compare, element, isActive, jobSentence, jobTitle, showEvaluation, showFeedback, showJobs, showModels,
-  showTakedowns,
+  showMonitoring, showTakedowns,
 } from "./tables.js";
 
 // Milliseconds
@@ -83,6 +84,7 @@ function signOut(sentence = "") {
   refreshAt = 0;
   jobs = models = [];
   clear();
+  showPlots([]);
   for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   for (const part of document.querySelectorAll(".needs-token")) part.hidden = true;
   element("sign-in").hidden = false;
@@ -142,10 +144,13 @@ async function refresh() {
     models = await ask("models");
     const [takedowns, feedback] = [await ask("takedowns?limit=10"), await ask("feedback?limit=10")];
     const [evaluation] = await ask("evaluations?limit=1");
+    const periods = await ask("monitoring?limit=30");
     showModels(models, refusals);
     showTakedowns(takedowns);
     showFeedback(feedback);
     showEvaluation(evaluation);
+    showMonitoring(periods);
+    showPlots(periods);
     document.querySelector("[data-order=roll_back]").hidden = !former();
     refreshAt = Date.now() + OTHERWISE - 500; // timers are not that exact
   }

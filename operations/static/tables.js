@@ -2,12 +2,13 @@
 
 export const element = (id) => document.getElementById(id);
 
-function make(name, attributes, ...children) {
-  const made = document.createElement(name);
+export function furnish(made, attributes, ...children) {
   for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value);
   made.append(...children.filter((child) => child != null));
   return made;
 }
+
+export const make = (name, ...rest) => furnish(document.createElement(name), ...rest);
 
 // Writes rows to the body of a table. What has not changed stays in place, and with it the focus; where there are no
 // rows, the sentence after the table takes its place.
@@ -34,24 +35,25 @@ function fill(id, rows) {
 const keyed = (items, key, draw) => Object.fromEntries(items.map((item) => [`n${key(item)}`, draw(item)]));
 
 export function clear() {
-  for (const body of document.querySelectorAll("tbody")) body.replaceChildren();
+  for (const body of document.querySelectorAll("tbody, #alarms")) body.replaceChildren();
 }
 
 // Words, numbers and times
 
-const count = (number) => new Intl.NumberFormat("en").format(number);
+export const count = (number) => new Intl.NumberFormat("en").format(number);
 const fixed = (number, digits) => (number == null ? "–" : number.toFixed(digits).replace("-", "\u2212"));
 // Small shares get a digit more, or 3 of 10,000 would look like none.
-const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.01 ? 2 : 1)}%`);
-const range = ({ low, high }, write) => `${write(low).replace("%", "")} to ${write(high)}`;
+export const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.01 ? 2 : 1)}%`);
+export const range = ({ low, high }, write) => `${write(low).replace("%", "")} to ${write(high)}`;
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
+export const day = (date) => date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+export const minute = (date) => `${day(date)}, ${clock(date).slice(0, 5)}`;
 
 function time(iso) {
   const date = new Date(iso);
-  const day = date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
   const isToday = date.toDateString() === new Date().toDateString();
-  return make("time", { datetime: iso, title: iso }, isToday ? clock(date) : `${day}, ${clock(date).slice(0, 5)}`);
+  return make("time", { datetime: iso, title: iso }, isToday ? clock(date) : minute(date));
 }
 
 function took({ started, finished }) {
@@ -213,6 +215,65 @@ function showEstimates(estimated) {
     slope: row("calibration: slope, at best 1", value("slope"), (figure) => fixed(figure, 2)),
     intercept: row("calibration: intercept, at best 0", value("intercept"), (figure) => fixed(figure, 2)),
   });
+}
+
+// Monitoring
+
+export const COLUMNS = { propensity: "propensity", prediction: "decision", characters: "length", digits: "number of digits" };
+export const distanceOf = (column) => ({ result }) => result.drift.find((row) => row.column === column);
+export const missedOf = ({ result }) => result.evaluation.reported.missed;
+
+export function showMonitoring(periods) {
+  const [latest] = periods;
+  element("monitoring").hidden = !latest;
+  element("no-monitoring").hidden = Boolean(latest);
+  if (!latest) return;
+  const { created, start, end, model, result } = latest;
+  element("looked-at").replaceChildren(
+    `${count(result.messages)} messages on which model ${model} decided, from `, time(start), " to ", time(end), "; looked at ",
+    time(created), ".");
+  showAlarms(result.alarms, periods.filter((period) => period.model === model));
+  fill("drift", keyed(result.drift, ({ column }) => column, (row) => [
+    make("th", { scope: "row" }, COLUMNS[row.column] ?? row.column),
+    make("td", { class: "number" }, percent(row.distance)),
+    make("td", {}, row.bin),
+    make("td", { class: "number" }, percent(row.before)),
+    make("td", { class: "number" }, percent(row.now)),
+    make("td", {}, row.alarm ? make("span", { class: "state failed" }, "alarm") : "none"),
+  ]));
+  fill("segments", keyed(result.segments.map((row, i) => ({ ...row, i })), ({ i }) => i, (row) => [
+    make("th", { scope: "row" }, `${row.segment} `, written(row.value)),
+    make("td", {}, row.of),
+    make("td", { class: "number" }, count(row.messages)),
+    make("td", { class: "number" }, percent(row.share)),
+    make("td", { class: "number" }, points(row.gap), make("small", {}, range(row, points))),
+  ]));
+  const notes = [...(result.notes ?? []), ...result.evaluation.notes];
+  element("monitoring-notes").replaceChildren(...notes.map((note) => make("li", {}, note)));
+  fill("history", keyed(periods, ({ id }) => id, (period) => [
+    make("th", { scope: "row" }, time(period.end), make("small", {}, `model ${period.model}`)),
+    ...Object.keys(COLUMNS).map((column) => {
+      const row = distanceOf(column)(period);
+      return make("td", { class: "number" }, percent(row?.distance), row?.alarm ? make("small", {}, "alarm") : null);
+    }),
+    make("td", { class: "number" }, percent(period.result.spam_share)),
+    make("td", { class: "number" }, percent(period.result.expected_precision)),
+    reported(missedOf(period)),
+  ]));
+}
+
+const points = (share) => fixed(100 * share, 1);
+
+// An alarm is new if the period before, by the same model, did not have it: that is what orders an evaluation.
+function showAlarms(alarms, periods) {
+  const lasts = (name) => {
+    const without = periods.findIndex(({ result }) => !Object.hasOwn(result.alarms, name));
+    return without < 0 ? periods.length : without;
+  };
+  const found = Object.entries(alarms).map(([name, sentence]) => ({ sentence, times: lasts(name) }));
+  element("alarms").replaceChildren(...found.sort((a, b) => a.times - b.times).map(({ sentence, times }) => make("li", {},
+    make("span", { class: "state failed" }, times === 1 ? "New: " : `In the last ${times} periods: `), written(sentence))));
+  element("no-alarms").hidden = found.length > 0;
 }
 
 // Messages

@@ -1,6 +1,7 @@
 """Tests of the operator's page in a real browser."""
 
 import json
+import re
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from helpers import launched, stub_card
 from pages import expect_contrast, served
 from playwright.sync_api import expect
 
-from operations import jobs, store
+from operations import evaluation, jobs, store
 from operations.actions import act
 from operations.evaluation import evaluate_window
 from operations.spool import Recorder
@@ -35,6 +36,12 @@ DELIVERED = "Crypto alert: your wallet received 2.4 BTC. Withdraw at coin-vault.
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title = 'owned'</script> \u202e\x07 FREE prize!"
 )
+COLUMNS = {  # what monitoring calls them, the bin that changes most, and its share before
+    "propensity": ("propensity", "0.62 to 0.98", 0.081),
+    "prediction": ("decision", "above 0", 0.189),
+    "characters": ("length", "131 to 152", 0.101),
+    "digits": ("number of digits", "2 to 5", 0.097),
+}
 PARAMS = {
     "retention_days": 7,
     "feedback_days": 7,
@@ -115,6 +122,56 @@ def over(state="done", minutes=60, took=100, **values):
     return {"state": state, "progress": 1, "message": message, **times, **values}
 
 
+def found(distances=(0.02, 0.01, 0.03, 0.02), share=0.2, precision=0.97, missed=(5, 500), **changes):
+    """Return what was found when a period was looked at; a distance from 0.05 on is an alarm."""
+    drift, alarms = [], {}
+    for (column, (name, most, before)), distance in zip(COLUMNS.items(), distances, strict=True):
+        row = {"column": column, "distance": distance, "p": 0.001, "corrected": 0.004, "alarm": distance >= 0.05}
+        now = before + 0.8 * distance
+        drift.append({**row, "bin": most, "before": before, "now": now})
+        if row["alarm"]:
+            alarms[f"drift of {column}"] = (
+                f"The {name} of {now:.1%} of the messages lies in {most}, where that of {before:.1%} of the messages "
+                "did on which the model was tested."
+            )
+    reported = {"missed": evaluation.share(*missed), "spam": evaluation.share(30, 3000), "cost": 40.0}
+    measured = {"reported": reported, "estimated": None, "regions": {}, "notes": []}
+    result = {"messages": 3500, "drift": drift, "least": 0.05, "min_precision": 0.9}
+    result |= {"spam_share": share, "expected_precision": precision}
+    return result | {"evaluation": measured, "segments": [], "alarms": alarms, "streams": {}} | changes
+
+
+def add_periods(engine, results, model=1):
+    """Store what was found in days that ended so many days and an hour ago."""
+    with engine.begin() as connection:
+        for days, result in results.items():
+            end = ago(hours=1, days=days)
+            values = {"created": end + 60 * SECOND, "start": end - 86_400 * SECOND, "end": end, "model": model}
+            connection.execute(store.drift.insert().values(**values, result=json.dumps(result)))
+
+
+def month():
+    """Return what was found on the nights of a month, in which a new kind of message arrives and a region is hit."""
+    random, nights = np.random.default_rng(0), {}
+    for days, new in zip(range(29, -1, -1), [0] * 22 + list(np.linspace(0.02, 0.12, 8)), strict=True):
+        distances = random.uniform(0.005, 0.03, 4) + np.array([new, new / 3, new, new / 2])
+        missed = (int(random.integers(2, 7) + 150 * new), 520)
+        share = 0.2 + new / 2 + random.normal() / 100
+        nights[days] = found(distances.round(4).tolist(), share, 0.97 - new / 3, missed)
+    nights[0]["segments"] = [served_worse("region", "islands")]
+    nights[0]["alarms"]["region islands, taken down"] = (
+        "Of the messages taken down where the region is islands, at least 7.9% were so in error, 6.1 points more than "
+        "elsewhere (2.5 to 11.2)."
+    )
+    return nights
+
+
+def served_worse(segment, value):
+    """Return a segment of which more messages are taken down in error than of others."""
+    interval = {"gap": 0.061, "low": 0.025, "high": 0.112, "p": 1e-5, "corrected": 1e-4, "alarm": True}
+    return {"segment": segment, "value": value, "of": "taken down", "messages": 1190, "share": 0.079, **interval}
+
+
 def fill(engine):
     """Put a little of everything in a store."""
     card = load_card()
@@ -136,6 +193,7 @@ def fill(engine):
     add_traffic(engine)
     numbers = add_messages(engine, [*TAKEN_DOWN, DELIVERED], ago(seconds=30))
     evaluate_window(engine)
+    add_periods(engine, month())
     add_label(engine, numbers[5], "spam report", 1, DELIVERED)
     add_label(engine, numbers[1], "complaint", 0, TAKEN_DOWN[1])
     add_label(engine, numbers[4], "reviewer", 1)
@@ -270,13 +328,16 @@ def test_a_wrong_token_is_asked_for_again_and_the_right_one_is_kept_in_the_tab(u
 
 def test_a_token_that_is_no_longer_right_takes_everything_away(url, engine, open_page):
     add_messages(engine, TAKEN_DOWN, now())
+    add_periods(engine, month())
     page = open_page(url)
     expect(page.locator("#takedowns tr")).to_have_count(len(TAKEN_DOWN))
+    expect(page.locator("figure")).to_have_count(6)
     page.route("**/jobs?*", lambda route: route.fulfill(status=401, json={"error": "no"}))
     page.get_by_role("button", name="Train").click()
     expect(page.locator("#trouble")).to_contain_text("not the token of the operator")
     expect(page.locator("main")).to_be_hidden()
-    assert "parcel-desk" not in page.content()
+    for gone in ("parcel-desk", "islands", "<figure"):
+        assert gone not in page.content()
 
 
 # What it shows
@@ -288,6 +349,7 @@ def test_an_empty_store_says_what_to_do(url, open_page):
         "No job has been ordered yet.",
         "There is no model yet:",
         "Nothing has been evaluated yet. Evaluate the last day",
+        "No period has been looked at yet. Look at the last day",
         "Nothing has been taken down yet.",
         "Nobody has said anything yet.",
     ):
@@ -379,11 +441,213 @@ def test_hostile_texts_are_inert(url, engine, open_page, tmp_path):
     )
 
 
+def test_hostile_names_of_segments_are_inert(url, engine, open_page):
+    result = found(segments=[served_worse("region", HOSTILE), served_worse("language", "w" * 300)])
+    add_periods(engine, {0: result | {"alarms": {f"region {HOSTILE}": f"More in {HOSTILE}", "toString": "x" * 300}}})
+    page = open_page(url, viewport={"width": 360, "height": 700})
+    expect(page.locator("#alarms")).to_contain_text("New: More in <img src=x")
+    expect(page.locator("#segments")).to_contain_text("region <img src=x")
+    for part in ("#alarms", "#segments"):
+        assert page.locator(f"{part} .sign").first.text_content() == "U+202E"
+        assert "\u202e" not in page.locator(part).inner_text()
+    assert page.locator("img, body script").count() == 0
+    assert page.title().startswith("Operations")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
 def test_a_very_long_text_is_cut(url, engine, open_page):
     add_label(engine, now() * WORKERS, "complaint", 0, "x" * 10_000)
     page = open_page(url)
     expect(page.locator("#feedback .text")).to_contain_text("x … and 9,000 more characters")
     assert page.locator("#feedback .text").evaluate("text => text.offsetHeight") < 200
+
+
+# Monitoring
+
+
+def plot(page, title):
+    """Return the figure of a plot."""
+    return page.locator("figure", has_text=title)
+
+
+# In the units of its axes: the points from left to right as shares of the width and of what is measured.
+PLOTTED = """figure => {
+  const box = (mark) => mark.getBoundingClientRect();
+  const lines = [...figure.querySelectorAll(".grid")].map((line) => box(line));
+  const top = parseFloat([...figure.querySelectorAll(".tick")].at(-1).textContent) / 100;
+  const share = (y) => top * (lines[0].y - y) / (lines[0].y - lines.at(-1).y);
+  const part = (x) => (x - lines[0].left) / lines[0].width;
+  const middle = ({ x, y, width, height }) => [part(x + width / 2), share(y + height / 2)];
+  const all = (kind) => [...figure.querySelectorAll(`g > ${kind}`)];
+  return {
+    points: all(".point").map((mark) => middle(box(mark))),
+    alarms: all(".alarm").map((mark) => middle(box(mark))),
+    intervals: all(".interval").map((mark) => [share(box(mark).bottom), share(box(mark).top)]),
+    pieces: all(".line").map((line) => line.getAttribute("d").split("M").length - 1),
+    models: [...figure.querySelectorAll(".model")].map((line) => part(box(line).x)),
+    limits: [...figure.querySelectorAll("path.limit")].map((line) => share(box(line).y)),
+    ends: [...figure.querySelectorAll("text:not(.tick)")].map((text) => text.textContent),
+  };
+}"""
+
+
+def test_what_monitoring_found_is_shown(url, filled, open_page):
+    page = open_page(url)
+    alarms = page.locator("#alarms li")
+    expect(alarms).to_have_count(5)
+    expect(alarms.nth(0)).to_have_text(re.compile("^New: Of the messages taken down where the region is islands"))
+    expect(alarms.nth(1)).to_have_text(re.compile("^In the last 2 periods: The decision of 23.4% of the messages lies"))
+    expect(page.get_by_text("Nothing was found")).to_be_hidden()
+    expect(page.get_by_text("A new alarm orders an evaluation.")).to_contain_text("nothing is promoted")
+    expect(page.locator("#looked-at")).to_contain_text("3,500 messages on which model 1 decided")
+    expect(page.locator("#looked-at time")).to_have_count(3)
+    expect(row(page, "drift", "length")).to_contain_text("13.7%131 to 15210.1%21.1%alarm", use_inner_text=False)
+    expect(row(page, "segments", "region islands")).to_contain_text(
+        "taken down1,1907.9%6.12.5 to 11.2", use_inner_text=False
+    )
+    expect(page.locator("figure")).to_have_count(6)
+    for figure in page.locator("figure").all():
+        assert figure.locator("figcaption").text_content()
+        assert len(figure.evaluate(PLOTTED)["points"]) == (60 if "precision" in figure.text_content() else 30)
+    expect(page.locator("#history")).to_be_hidden()
+    page.get_by_text("The figures of the plots, as a table").press("Enter")
+    expect(page.locator("#history tr").first).to_contain_text(
+        "model 113.5%alarm5.6%alarm13.7%alarm8.9%alarm25.7%93.0%24, 4.6%3.1 to 6.8%", use_inner_text=False
+    )
+    expect(page.locator("#history tr").last).to_contain_text("model 12.1%1.2%0.60%0.54%", use_inner_text=False)
+
+
+def test_nothing_found_is_a_sentence(url, engine, open_page):
+    add_periods(engine, {1: found((0.2, 0.01, 0.03, 0.02)), 0: found()})
+    page = open_page(url)
+    expect(page.get_by_text("Nothing was found in this period that raises an alarm.")).to_be_visible()
+    expect(page.get_by_text("no region, language, kind of sender or length gets more wrong")).to_be_visible()
+    expect(page.locator("#alarms")).to_be_hidden()
+    expect(page.locator("#segments")).to_be_hidden()
+    expect(row(page, "drift", "propensity")).to_contain_text("none")
+
+
+def test_an_alarm_of_the_model_before_does_not_make_it_old(url, engine, open_page):
+    add_periods(engine, {2: found((0.2, 0.01, 0.03, 0.02))}, model=1)
+    add_periods(engine, {1: found((0.01, 0.01, 0.06, 0.02)), 0: found((0.2, 0.01, 0.07, 0.02))}, model=2)
+    page = open_page(url)
+    expect(page.locator("#alarms li")).to_have_text(
+        [re.compile("New: The propensity"), re.compile("In the last 2 periods: The length")]
+    )
+    drawn = plot(page, "Distance of the propensity").evaluate(PLOTTED)
+    [before, after] = [drawn["points"][0][0], drawn["points"][1][0]]
+    assert drawn["models"] == [pytest.approx((before + after) / 2, abs=0.01)]
+    assert drawn["pieces"] == [2]
+
+
+def test_points_are_where_the_axes_say(url, engine, open_page):
+    distances = {8: 0.01, 4: 0.13, 3: 0.06, 0: 0.02}
+    results = {
+        days: found((distance, 0, 0, 0), 0.1 + days / 100, 0.9 - days / 100, (2 + days, 500))
+        for days, distance in distances.items()
+    }
+    add_periods(engine, results)
+    page = open_page(url)
+    drawn = plot(page, "Distance of the propensity").evaluate(PLOTTED)
+    assert [share for _, share in drawn["points"]] == pytest.approx(list(distances.values()), abs=0.001)
+    left, *between, right = [part for part, _ in drawn["points"]]
+    assert 0 < left < 0.05 < 0.95 < right < 1
+    assert between == pytest.approx([left + (right - left) * (8 - days) / 8 for days in (4, 3)], abs=0.003)
+    assert [share for _, share in drawn["alarms"]] == pytest.approx([0.13, 0.06], abs=0.001)
+    assert drawn["limits"] == [pytest.approx(0.05, abs=0.001)]
+    assert drawn["pieces"] == [1]
+    first, last = [f"{at.day} {at:%b}" for at in (datetime.now() - timedelta(days=n, hours=1) for n in (8, 0))]
+    assert drawn["ends"] == ["% of messages", "end of the period", first, last, "limit of an alarm: 5.0%"]
+    assert plot(page, "Distance of the length").evaluate(PLOTTED)["limits"] == drawn["limits"]  # on the same scale
+
+    drawn = plot(page, "Spam and precision").evaluate(PLOTTED)
+    shares = [0.1 + days / 100 for days in distances] + [0.9 - days / 100 for days in distances]
+    assert [share for _, share in drawn["points"]] == pytest.approx(shares, abs=0.005)
+    drawn = plot(page, "Missed by users").evaluate(PLOTTED)
+    missed = [evaluation.share(2 + days, 500) for days in distances]
+    assert [share for _, share in drawn["points"]] == pytest.approx([of["value"] for of in missed], abs=0.0005)
+    for drawn_interval, of in zip(drawn["intervals"], missed, strict=True):
+        assert drawn_interval == pytest.approx([of["low"], of["high"]], abs=0.0005)
+
+
+def test_a_point_tells_its_values(url, engine, open_page):
+    results = {2: found((0.2, 0, 0, 0), 0.31), 1: found(precision=0.912), 0: found(missed=(50, 1000))}
+    add_periods(engine, results)
+    page = open_page(url)
+    distance, missed = plot(page, "Distance of the propensity"), plot(page, "Missed by users")
+    reading, slider = distance.locator(".reading"), distance.get_by_role("slider")
+    expect(reading).to_contain_text("2.0%")
+    expect(missed.locator(".reading")).to_contain_text("5.0%, 50 messages (3.8 to 6.5%)")
+    expect(distance.locator(".cursor")).to_have_css("display", "none")
+    distance.locator(".point").first.hover()
+    day = datetime.now() - timedelta(days=2, hours=1)
+    expect(reading).to_have_text(re.compile(rf"^{day.day} {day:%b}, [\d:]+20.0%, alarm$"))
+    expect(plot(page, "Spam and precision").locator(".reading")).to_contain_text("spam 31.0%precision 97.0%")
+    expect(missed.locator(".cursor")).to_have_css("display", "inline")
+    page.mouse.move(0, 0)
+    expect(reading).to_contain_text("2.0%")
+    expect(distance.locator(".cursor")).to_have_css("display", "none")
+
+    slider.focus()
+    for key, now_at, says in (
+        ("ArrowLeft", "2", "precision 91.2%"),
+        ("Home", "1", "31.0%"),
+        ("ArrowLeft", "1", "31.0%"),
+    ):
+        page.keyboard.press(key)
+        expect(slider).to_have_attribute("aria-valuenow", now_at)
+        expect(plot(page, "Spam and precision").locator(".reading")).to_contain_text(says)
+    expect(slider).to_have_attribute("aria-valuetext", re.compile("20.0%, alarm"))
+    missed.locator(".point").nth(1).hover()
+    page.mouse.move(0, 0)
+    expect(slider).to_have_attribute("aria-valuenow", "2")
+    page.keyboard.press("End")
+    expect(slider).to_have_attribute("aria-valuenow", "3")
+    page.keyboard.press("Tab")
+    expect(plot(page, "Distance of the decision").get_by_role("slider")).to_be_focused()
+
+
+def test_a_new_period_is_drawn_and_the_focus_stays(url, engine, open_page):
+    add_periods(engine, {1: found()})
+    number = put_job(engine, "monitor", **running())
+    page = open_page(url)
+    slider = plot(page, "Missed by users").get_by_role("slider")
+    slider.focus()
+    add_periods(engine, {0: found()})
+    change(engine, number, state="done", finished=now())
+    expect(slider.locator(".point")).to_have_count(2)
+    expect(slider).to_be_focused()
+
+
+def test_one_period_is_a_point_in_the_middle(url, engine, open_page):
+    add_periods(engine, {0: found((0.08, 0, 0, 0))})
+    page = open_page(url)
+    drawn = plot(page, "Distance of the propensity").evaluate(PLOTTED)
+    assert drawn["points"] == drawn["alarms"] == [pytest.approx([0.5, 0.08], abs=0.001)]
+    assert drawn["ends"][1].startswith("end of the period: ")
+    assert len(drawn["ends"]) == 3
+
+
+def test_what_is_missing_is_no_point(url, engine, open_page):
+    nothing = found(drift=[], share=None, precision=None, missed=(0, 0))
+    nothing["evaluation"]["notes"] = ["Nobody has said anything of these messages yet."]
+    add_periods(engine, {2: found(), 1: nothing, 0: found()})
+    page = open_page(url)
+    drawn = plot(page, "Distance of the length").evaluate(PLOTTED)
+    assert len(drawn["points"]) == 2
+    assert drawn["pieces"] == [2]  # no line leads over the gap
+    plot(page, "Distance of the length").get_by_role("slider").press("ArrowLeft")
+    expect(plot(page, "Distance of the length").locator(".reading")).to_contain_text("not known")
+    expect(plot(page, "Spam and precision").locator(".reading")).to_contain_text("spam not knownprecision not known")
+    expect(page.locator("#history tr").nth(1)).to_contain_text("model 1" + 7 * "\u2013", use_inner_text=False)
+
+    with engine.begin() as connection:
+        connection.execute(store.drift.delete())
+    add_periods(engine, {0: nothing})
+    page = open_page(url)
+    expect(page.get_by_text("The card of this model has no reference to compare with")).to_be_visible()
+    expect(page.locator("#monitoring-notes")).to_have_text("Nobody has said anything of these messages yet.")
+    expect(page.locator("figure")).to_have_count(0)
 
 
 # Orders
@@ -398,8 +662,9 @@ def test_orders_become_jobs_and_their_progress_is_shown(url, engine, open_page, 
     page.get_by_role("button", name="Train on what came back").click()
     expect(status).to_have_text("Job 1, train, waits for a worker. Wait for it, or cancel it.")
     page.get_by_role("button", name="Evaluate the last day").click()
-    expect(page.locator("#jobs tr")).to_have_count(2)
-    assert kinds(engine) == [("train", {}), ("evaluate", {})]
+    page.get_by_role("button", name="Look at the last day").click()
+    expect(page.locator("#jobs tr")).to_have_count(3)
+    assert kinds(engine) == [("train", {}), ("evaluate", {}), ("monitor", {})]
 
     change(engine, 1, **running(progress=0.25, message="Executing prepare.ipynb"))
     expect(row(page, "jobs", "Job 1").get_by_role("progressbar")).to_have_attribute("value", "0.25")
@@ -604,6 +869,8 @@ def test_it_fits_the_screen_and_stands_out(url, filled, open_page, width, scheme
     add_messages(filled, [f"WINNER! To claim call 09061700000 now {'w' * 200}"], now())
     page = open_page(url, viewport={"width": width, "height": 700}, color_scheme=scheme)
     expect(page.get_by_role("button", name="Promote")).to_be_visible()
+    page.locator("summary").click()
+    expect(page.locator("#history tr")).to_have_count(30)
 
     def fits():
         return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") and page.locator(
@@ -612,7 +879,7 @@ def test_it_fits_the_screen_and_stands_out(url, filled, open_page, width, scheme
 
     assert fits()
     found = expect_contrast(page)
-    assert {entry["kind"] for entry in found} == {"text", "border", "meter", "gap", "focus"}
+    assert {entry["kind"] for entry in found} == {"text", "border", "meter", "gap", "line", "focus"}
     for name in ("Promote", "Log of job 3"):
         page.get_by_role("button", name=name).press("Enter")
         expect(page.locator("dialog[open]")).to_be_visible()
@@ -631,7 +898,8 @@ def test_it_fits_the_screen_and_stands_out(url, filled, open_page, width, scheme
 def test_forced_colours(url, filled, open_page):
     page = open_page(url, forced_colors="active")
     expect(page.get_by_role("progressbar")).to_be_visible()
-    expect_contrast(page)
+    page.locator("summary").click()
+    assert "line" in {entry["kind"] for entry in expect_contrast(page)}
 
 
 def test_tables_say_what_they_hold(url, filled, open_page):
@@ -640,7 +908,7 @@ def test_tables_say_what_they_hold(url, filled, open_page):
     for table in page.locator("table").all():
         assert table.locator("caption").text_content()
         assert table.locator("thead th").evaluate_all("all => all.every(one => one.scope === 'col')")
-    for name in ("jobs", "models", "reported", "estimated"):
+    for name in ("jobs", "models", "reported", "estimated", "drift", "segments", "history"):
         rows = page.locator(f"#{name} tr")
         assert page.locator(f"#{name} th[scope=row]").count() == rows.count() > 0
 
