@@ -30,9 +30,10 @@ PATIENCE = NOTICE + DRAIN + 10  # seconds that a program may take to end
 class Program:
     """One of the programs, which is started again when it dies."""
 
-    def __init__(self, name: str, lock: BinaryIO, *arguments: str):
+    def __init__(self, name: str, lock: BinaryIO, *arguments: str, **environment: str):
         """Start `python -m operations.<name>`, which holds the lock on the state as long as it lives."""
-        self.name, self.lock, self.arguments, self.deaths = name, lock, arguments, 0
+        self.name, self.lock, self.deaths = name, lock, 0
+        self.arguments, self.environment = arguments, environment
         self.start()
 
     def start(self) -> None:
@@ -40,6 +41,7 @@ class Program:
         self.started, self.due = time.monotonic(), None
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"operations.{self.name}", *self.arguments],
+            env={**os.environ, **self.environment},
             pass_fds=[self.lock.fileno()],
             process_group=0,
             preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),

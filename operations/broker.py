@@ -55,6 +55,11 @@ def read_place(place: bytes | str) -> tuple[int, int]:
     return int(milliseconds), int(sequence)
 
 
+def as_dict(fields: dict[bytes, bytes] | list[bytes]) -> dict[bytes, bytes]:
+    """Return the fields of an entry, which redis-py leaves as they came where a cluster's transaction read them."""
+    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+
+
 def number_of(place: bytes | str, partition: int, partitions: int) -> int:
     """Return the number that a message has in the store, by its place in `sms:incoming`.
 
@@ -77,6 +82,9 @@ def connect(partitions: int) -> redis.Redis | redis.RedisCluster:
         raise ValueError(f"REDIS_URL must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}.")
     try:
         client = redis.Redis.from_url(url, **OPTIONS) if url else redis.Redis(unix_socket_path=socket(), **OPTIONS)
+    except ValueError as error:
+        raise ValueError(f"REDIS_URL cannot be read: {error}.") from None
+    try:
         if client.info("cluster")["cluster_enabled"]:
             client = redis.RedisCluster.from_url(url, **OPTIONS)
         check_streams(client, *(key(kind, partition) for kind in KINDS for partition in range(partitions)))

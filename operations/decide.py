@@ -7,8 +7,10 @@ from sklearn.base import BaseEstimator
 
 from engine.experiment import assigner
 from engine.fields import LONGEST_TEXT
+from engine.saved import MODEL_PATH
 from operations.spool import LONGEST_ADDRESS, LONGEST_NAME
-from score import score_batch
+from operations.store import STATE
+from score import load_card, load_model, score_batch
 
 NEEDED = ("id", "text")
 LONGEST = {"id": LONGEST_ADDRESS, "sender": LONGEST_ADDRESS, "recipient": LONGEST_ADDRESS}
@@ -69,3 +71,14 @@ def read_message(fields: dict[bytes, bytes]) -> tuple[dict[str, str], str | None
         if len(message.get(name, "")) > longest:
             return message, f"its {name} has {len(message[name]):,} characters, and at most {longest:,} are taken"
     return message, None
+
+
+def load_decider(params: dict[str, Any]) -> Decider:
+    """Return a decider with the model that was promoted last, or with the project's own where none was.
+
+    Raises:
+        FileNotFoundError, ValueError: the model cannot be loaded.
+    """
+    promoted = STATE / "models" / "serving" / MODEL_PATH.name
+    path = promoted.resolve() if promoted.exists() else MODEL_PATH  # the link may change meanwhile
+    return Decider(load_model(path), load_card(path), params)

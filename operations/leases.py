@@ -49,6 +49,14 @@ class Partitions:
             if partition not in self.held and len(self.held) < fair:
                 self._take(partition)
 
+    def find_waiting(self) -> list[int]:
+        """Return those of the partitions that it has in which messages wait."""
+        held = sorted(self.held)
+        with self.redis.pipeline(transaction=False) as pipe:
+            for partition in held:
+                pipe.xlen(key("incoming", partition))  # what is answered is deleted
+            return [partition for partition, length in zip(held, pipe.execute(), strict=True) if length]
+
     def close(self) -> None:
         """Give all back, so that others need not wait until the leases are over."""
         for partition in list(self.held):

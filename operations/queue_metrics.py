@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, Counter, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from engine.server import read_environment
 from operations.broker import GROUP, key, read_place
 
 ANSWERED = Counter("sms_answered", "Messages that this scorer has answered, by the stream they went to", ["stream"])
@@ -58,10 +59,11 @@ def expose(client: redis.Redis, partitions: int) -> None:
     Raises:
         ValueError: it is no port, or another program has it.
     """
-    port = os.environ.get("METRICS_PORT")
-    if port:
-        try:
-            start_http_server(int(port), addr="127.0.0.1")
-        except (OSError, OverflowError, ValueError) as error:
-            raise ValueError(f"METRICS_PORT must be a port that is free, not {port}: {error}.") from None
-        REGISTRY.register(Streams(client, partitions))
+    if not os.environ.get("METRICS_PORT"):
+        return
+    port = read_environment("METRICS_PORT", 0)
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"METRICS_PORT cannot be {port}: {error}.") from None
+    REGISTRY.register(Streams(client, partitions))

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engine.server import read_environment
 from operations.__main__ import Program
 from operations.broker import Patience, connect, key, read_params, until_ended
 from operations.guard import end_with
@@ -72,11 +73,14 @@ def replay(file: Path, rate: str, count: int, held: BinaryIO, server: subprocess
     with ExitStack() as stack:
         tally = Tally(client, partitions, name)
         stack.callback(tally.close)
-        for program, *arguments in (("takedowns", "--every", str(EVERY)), ("keep",), *[("stream",)] * SCORERS):
-            programs.append(Program(program, held, *arguments))
-            stack.callback(programs[-1].end)
+        programs += [Program("takedowns", held, "--every", str(EVERY)), Program("keep", held)]
+        first = read_environment("METRICS_PORT", 1) if os.environ.get("METRICS_PORT") else None
+        ports = [{"METRICS_PORT": str(first + i)} if first else {} for i in range(SCORERS)]
+        programs += [Program("stream", held, **port) for port in ports]
+        for program in programs:
+            stack.callback(program.end)
         print(f"{SCORERS} scorers, the store and a subscriber start.", flush=True)
-        wait(lambda: len({client.get(lease) for lease in leases}) >= SCORERS and all(map(client.exists, leases)), START)
+        wait(lambda: None not in (have := {client.get(lease) for lease in leases}) and len(have) >= SCORERS, START)
         publisher = subprocess.Popen(
             [sys.executable, "-m", "operations.publish", file, "--rate", rate, "--count", str(count), "--name", name],
             process_group=0,  # Ctrl-C is for this process, which ends it
@@ -86,7 +90,7 @@ def replay(file: Path, rate: str, count: int, held: BinaryIO, server: subprocess
         stack.callback(publisher.terminate)
         wait(lambda: publisher.poll() is not None)
         publisher.terminate()
-        if publisher.wait():
+        if publisher.wait() > 0:
             raise ValueError("The publisher cannot run, so the stream ends.")
         ended.clear()
         wait(lambda: tally.is_complete() and not tally.count_waiting(), BEHIND)

@@ -16,13 +16,10 @@ from typing import Any
 import redis
 from redis.exceptions import WatchError
 
-from engine.saved import MODEL_PATH
-from operations.broker import GROUP, MODELS, attend, check_streams, connect, key, number_of, read_params
-from operations.decide import Decider
+from operations.broker import GROUP, MODELS, as_dict, attend, check_streams, connect, key, number_of, read_params
+from operations.decide import load_decider
 from operations.leases import Partitions
 from operations.queue_metrics import ANSWERED, expose
-from operations.store import STATE
-from score import load_card, load_model
 
 PAUSE = 0.01  # seconds, when no message waits
 TEND = 1  # seconds from one look at the other scorers to the next
@@ -44,17 +41,12 @@ class Scorer:
 
     def step(self) -> bool:
         """Answer a batch of each partition in which messages wait, and return whether any did."""
-        is_due = time.monotonic() >= self.tended + TEND
-        if is_due:
+        if time.monotonic() >= self.tended + TEND:
             self.tended = time.monotonic()
             self.partitions.share()
-        with self.redis.pipeline(transaction=False) as pipe:
-            for partition in (held := sorted(self.partitions.held)):
-                pipe.xlen(key("incoming", partition))
-            waiting = zip(held, pipe.execute(), strict=True)
         count = 0
-        for partition in [partition for partition, length in waiting if length]:
-            with suppress(WatchError):
+        for partition in self.partitions.find_waiting():
+            with suppress(WatchError):  # another has it by now, and what was in hand
                 count += self._answer(partition)
         return count > 0
 
@@ -103,24 +95,17 @@ class Scorer:
         if is_new:
             self.partitions.left.discard(partition)
             found = found[0] if found else [None, []]
-        return [(place, _as_dict(fields)) for place, fields in found[1]], deliveries
-
-
-def _as_dict(fields: dict[bytes, bytes] | list[bytes]) -> dict[bytes, bytes]:
-    """Return the fields of an entry, which redis-py leaves as they came in a transaction of a cluster."""
-    return fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+        return [(place, as_dict(fields)) for place, fields in found[1]], deliveries
 
 
 def main() -> None:
     """Score until SIGTERM or Ctrl-C, after which what is in hand is answered."""
-    params, promoted = read_params(), STATE / "models" / "serving" / MODEL_PATH.name
-    path = promoted.resolve() if promoted.exists() else MODEL_PATH
+    params = read_params()
     try:
-        model, card = load_model(path), load_card(path)
-        client = connect(params["stream"]["partitions"])
+        decide, client = load_decider(params), connect(params["stream"]["partitions"])
+        client.hset(MODELS, decide.card["sha256"], json.dumps(decide.card))
         expose(client, params["stream"]["partitions"])
-        scorer = Scorer(client, Decider(model, card, params), params["stream"])
-        client.hset(MODELS, card["sha256"], json.dumps(card))
+        scorer = Scorer(client, decide, params["stream"])
         attend(scorer.step, PAUSE, scorer.partitions.close)
     except (OSError, ValueError) as error:
         sys.exit(str(error))

