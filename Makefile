@@ -6,6 +6,8 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt requirements-operations.txt benchmarks/requirements.txt
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --constraint requirements.lock
+# Files of tests, two at a time, in their order: the one that takes the longest is not the last.
+TWO_FILES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -32,7 +34,7 @@ nbformat.write(notebook, sys.argv[1])
 endef
 export STRIP
 
-.PHONY: help run impact style check test coverage serve ui notebooks transfer bench profile attack evaluate \
+.PHONY: help run impact monitoring style check test coverage serve ui notebooks transfer bench profile attack evaluate \
 	operate stream batch story backup restore forget image up down hooks \
 	lock clean clean-experiments
 
@@ -46,6 +48,8 @@ run: build/train.ipynb  ## prepare the data, train, select and save the model, s
 
 impact: build/impact.ipynb  ## what the filter does to users and money, and the experiment that decides
 
+monitoring: build/monitoring.ipynb  ## what goes wrong with a filter in service, and who would notice how soon
+
 style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,7 +59,7 @@ check: style | build  ## style, and the tests that take no notebook run, torch, 
 	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault or operations)"
 
 test: style .venv/requirements-transfer.txt .venv/requirements-operations.txt | build  ## style and all tests
-	set -o pipefail; $(BIN)/python -m pytest --no-header --cov --cov-report=term-missing | tee build/coverage.txt
+	set -o pipefail; $(BIN)/python -m pytest --no-header $(TWO_FILES) --cov --cov-report=term-missing | tee build/coverage.txt
 
 coverage: test  ## all tests, and their report in coverage.txt
 	sed -E 's/ in [0-9.]+s( \([0-9:]+\))?//' build/coverage.txt > build/coverage.tmp
@@ -67,10 +71,11 @@ serve: .venv/requirements-serve.txt  ## serve the model on PORT
 ui: build/train.ipynb  ## look at the experiments in MLflow, on port 5001
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5001
 
-notebooks: .venv/requirements-transfer.txt | build  ## execute the committed notebooks in place
+notebooks: .venv/requirements-transfer.txt .venv/requirements-operations.txt | build  ## execute the committed notebooks in place
 	$(EXECUTE) --inplace prepare.ipynb
 	WITH_TRANSFORMER=yes $(EXECUTE) --inplace train.ipynb
 	$(EXECUTE) --inplace impact.ipynb
+	$(EXECUTE) --inplace monitoring.ipynb
 	$(EXECUTE) --output-dir build transfer_learning.ipynb
 	@$(BIN)/python -c "$$STRIP" build/transfer_learning.ipynb
 	mv build/transfer_learning.ipynb .
@@ -81,6 +86,7 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 bench: build/bench/requirements.txt .venv/requirements-operations.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
 	build/bench/bin/python -m benchmarks.storing
+	build/bench/bin/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.nightly
 	build/bench/bin/python -m benchmarks.batches
 
@@ -150,6 +156,9 @@ build/train.ipynb: train.ipynb params.yaml score.py $(wildcard engine/*.py data/
 	$(BIN)/papermill $< $@
 
 build/impact.ipynb: impact.ipynb params.yaml score.py $(wildcard engine/*.py models/*) build/prepare.ipynb
+	$(BIN)/papermill $< $@
+
+build/monitoring.ipynb: monitoring.ipynb params.yaml score.py $(wildcard engine/*.py models/*) build/prepare.ipynb .venv/requirements-operations.txt
 	$(BIN)/papermill $< $@
 
 .venv/bin/uv:
