@@ -262,10 +262,12 @@ def test_a_mover_says_that_the_store_is_away_and_that_it_is_back(recorder, postg
         names = record({}, ["x"], [(False, 0.1)], 0.5)
         poll(lambda: len(stored(engine)) == 1, "the first score")
         postgres.kill()
-        names += record({}, ["y"], [(False, 0.1)], 0.5)
-        assert mover.stdout.readline().startswith("The store cannot be written to: ")
-        names += record({}, ["z"], [(False, 0.1)], 0.5)
-        postgres.start()
+        try:
+            names += record({}, ["y"], [(False, 0.1)], 0.5)
+            assert mover.stdout.readline().startswith("The store cannot be written to: ")
+            names += record({}, ["z"], [(False, 0.1)], 0.5)
+        finally:
+            postgres.start()
         assert mover.stdout.readline() == "The store is back.\n"
         engine.dispose()
         poll(lambda: stored(engine)["message"].astype(str).tolist() == names, "all scores")
