@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from helpers import ROOT
 from scipy.stats import chi2_contingency
 from statsmodels.stats.multitest import multipletests
 
 from engine.adwin import DriftStream
 from engine.drift import compare, holm, mix, segment_gaps, summarise, text_features, watched
 from engine.expected import estimate_spam_share, expected_precision
+from score import load_card
 
 
 @pytest.fixture
@@ -111,7 +114,8 @@ class TestCompare:
         assert (row["bin"], row["alarm"]) == ("up to 0", True)
 
     def test_bins_are_neither_empty_nor_many(self, random):
-        for values in (random.random(5000), random.poisson(0.02, 5000), random.poisson(3, 5000)):
+        rare = np.repeat([0, 1, 2], [2500, 2475, 25])
+        for values in (random.random(5000), random.poisson(0.02, 5000), random.poisson(3, 5000), rare):
             counts = summarise(pd.DataFrame({"x": values}))["counts"][""]["x"]
             assert 1 <= len(counts) - 1 <= 10
             assert counts[-1] == 0
@@ -152,6 +156,46 @@ class TestReference:
         assert set(mix(reference, {"ham": 0.5, "spam": 0.5})["counts"]) == {"ham", "spam"}
         with pytest.raises(KeyError, match="unheard"):
             mix(reference, {"unheard": 1.0})
+
+
+class TestCard:
+    """What train.ipynb writes into the card of a model."""
+
+    GROUPS = ("collection ham", "collection spam", "today ham", "today spam")
+
+    def test_made_of_ham_and_spam_of_each_source(self, train):
+        data = pd.DataFrame(
+            {"text": ["a", "b 1", "c", "d"], "label": [0, 1, 1, 0], "source": ["old", "old", "new", "new"]}
+        )
+        reference = train.reference(data, np.array([0.1, 0.95, 0.2, 0.3]), 0.9)
+        assert reference["messages"] == {"new ham": 1, "new spam": 1, "old ham": 1, "old spam": 1}
+        assert set(reference["edges"]) == {*text_features([]), "propensity", "prediction", "wrong"}
+        assert sum(reference["counts"]["new spam"]["wrong"]) == 1
+
+    def test_saved_one_is_whole_and_small(self):
+        card = load_card()
+        reference = card["reference"]
+        assert tuple(reference["messages"]) == self.GROUPS
+        for group, columns in reference["counts"].items():
+            for name, counts in columns.items():
+                assert sum(counts) == reference["messages"][group]
+                assert len(counts) == len(reference["edges"][name]) + 2
+        assert len(json.dumps(card, indent=2)) < 40_000
+
+    def test_saved_one_is_of_the_saved_model(self):
+        card = load_card()
+        (point,) = (point for point in card["operating_points"] if point["threshold"] == 0.91)
+        for source in ("collection", "today"):
+            counts = card["reference"]["counts"][f"{source} spam"]["prediction"]
+            assert counts[1] / sum(counts) == pytest.approx(point[source]["recall"], abs=0.005)
+
+    def test_mixed_as_the_operator_has_it(self):
+        limits = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["monitoring"]
+        mixed = mix(load_card()["reference"], limits["mix"])
+        spam = mixed["messages"]["today spam"] / sum(mixed["messages"].values())
+        assert spam == pytest.approx(limits["mix"]["today spam"])
+        window = watched(["ok see you at 8"] * 50, np.full(50, 0.01), 0.9)
+        assert compare(mixed, window, limits["alpha"], limits["least"]).loc["characters", "alarm"]
 
 
 class TestExpected:
