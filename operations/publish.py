@@ -18,7 +18,7 @@ import numpy as np
 import redis
 from tqdm import tqdm
 
-from operations.broker import ANSWERS, Patience, check_streams, connect, key, partition_of, read_params, until_ended
+from operations.broker import ANSWERS, Patience, connect, key, partition_of, read_params, until_ended
 from operations.evaluate import read
 from operations.repeat import RETRY
 from operations.store import ROOT
@@ -27,7 +27,7 @@ FIELDS = ("id", "text", "sender", "recipient", "region", "language")
 QUEUED = ("incoming", *ANSWERS)  # what others have still to do something about
 BATCH = 500  # messages of one transaction
 MOST = 10_000  # messages that wait in this process
-TICK = 0.01  # seconds from one look at what is due to the next
+TICK = 0.02  # seconds from one look at what is due to the next
 LINE = 10  # seconds from one line about the progress to the next
 REMEMBERED = 86_400  # seconds for which Redis knows how much of a publisher's has arrived
 UNITS = {"s": 1, "min": 60, "h": 3600}
@@ -56,10 +56,17 @@ class Publisher:
 
     def flush(self) -> bool:
         """Publish what was taken, and return whether there was room for it; what there was none for waits."""
-        have_room = [self._flush(partition) for partition, waiting in enumerate(self.waiting) if waiting]
+        partitions = [partition for partition, waiting in enumerate(self.waiting) if waiting]
+        streams = [key(kind, partition) for partition in partitions for kind in QUEUED]
+        with self.redis.pipeline(transaction=False) as pipe:
+            for stream in streams:
+                pipe.xlen(stream)
+            lengths = iter(pipe.execute())
+        queued = [sum(itertools.islice(lengths, len(QUEUED))) for _ in partitions]
+        have_room = [self._flush(*each) for each in zip(partitions, queued, strict=True)]
         return all(have_room)
 
-    def _flush(self, partition: int) -> bool:
+    def _flush(self, partition: int, queued: int) -> bool:
         """Publish messages of a partition with a count of them, which tells after an error what had arrived."""
         incoming, counter = key("incoming", partition), key(f"published:{self.name}", partition)
         with self.redis.pipeline(transaction=True) as pipe:
@@ -67,9 +74,8 @@ class Publisher:
             arrived = max(self.published[partition], int(pipe.get(counter) or 0))
             del self.waiting[partition][: arrived - self.published[partition]]
             self.published[partition] = arrived
-            room = self.room - sum(pipe.xlen(key(kind, partition)) for kind in QUEUED)
-            batch = self.waiting[partition][: max(0, min(BATCH, room))]
-            check_streams(pipe, incoming)
+            room = max(0, self.room - queued)
+            batch = self.waiting[partition][: min(BATCH, room)]
             pipe.multi()
             for message in batch:
                 pipe.xadd(incoming, {**message, "publisher": self.name})

@@ -21,7 +21,7 @@ from operations.decide import load_decider
 from operations.leases import Partitions
 from operations.queue_metrics import ANSWERED, expose
 
-PAUSE = 0.01  # seconds, when no message waits
+PAUSE = 0.02  # seconds in which a batch gathers, where no full one waits
 TEND = 1  # seconds from one look at the other scorers to the next
 
 
@@ -40,18 +40,18 @@ class Scorer:
         self.partitions = Partitions(client, params["partitions"], params["lease"])
 
     def step(self) -> bool:
-        """Answer a batch of each partition in which messages wait, and return whether any did."""
+        """Answer a batch of each partition in which messages wait, and return whether there are more to do at once."""
         if time.monotonic() >= self.tended + TEND:
             self.tended = time.monotonic()
             self.partitions.share()
-        count = 0
+        has_more = False
         for partition in self.partitions.find_waiting():
             with suppress(WatchError):  # another has it by now, and what was in hand
-                count += self._answer(partition)
-        return count > 0
+                has_more |= self._answer(partition)
+        return has_more
 
-    def _answer(self, partition: int) -> int:
-        """Answer a batch of a partition, and return how many messages it had."""
+    def _answer(self, partition: int) -> bool:
+        """Answer a batch of a partition, and return whether there are more to do at once."""
         entries, deliveries = self._read(partition)
         if deliveries >= self.params["attempts"]:
             reason = f"it was delivered {deliveries} times, and nobody lived to answer it"
@@ -59,7 +59,7 @@ class Scorer:
         else:
             answers = self.decide([fields for _, fields in entries])
         if not entries:
-            return 0
+            return False
         places, incoming = [place for place, _ in entries], key("incoming", partition)
         with self.partitions.transaction(partition) as pipe:
             check_streams(pipe, *{key(kind, partition) for kind, _ in answers})  # or they would be acknowledged alone
@@ -72,7 +72,7 @@ class Scorer:
             pipe.execute()
         for kind, _ in answers:
             ANSWERED.labels(kind).inc()
-        return len(entries)
+        return deliveries > 0 or len(entries) == self.params["batch"]
 
     def _read(self, partition: int) -> tuple[list[tuple[bytes, dict]], int]:
         """Return messages of a partition, first those that the reader before has left, and how often they were read.
