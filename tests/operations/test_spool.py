@@ -208,8 +208,10 @@ def test_a_mover_that_is_killed_again_and_again_stores_each_score_once(recorder,
         with reader(store).connect() as connection:
             begun = place.where(spool.c.offset > (connection.scalar(place) or 0))
             mover = launch("-m", "operations.spool", OPERATIONS_STATE=str(tmp_path), DATABASE_URL=store_url)
-            poll(partial(read_anew, connection, begun), "the mover to begin")
-        kill(mover)
+            try:
+                poll(partial(read_anew, connection, begun), "the mover to begin")
+            finally:
+                kill(mover)
     move(store, tmp_path / "spool")
     found = stored(store)["message"].astype(str)
     assert found.is_unique
