@@ -28,10 +28,10 @@ from operations.scores import Run, finish, plan, score_part, taken
 
 TICK = 10  # seconds between two lines on how far it is
 CONFIG = {"distributed.scheduler.worker-saturation": 1.0, "distributed.worker.profile.enabled": False}
-CORES = {  # a process on each; nobody else on this machine can send work to them
-    **{"processes": True, "threads_per_worker": 1, "security": True, "silence_logs": logging.CRITICAL},
-    **{"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}},
-}
+CONFIG["distributed.worker.preload"] = ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"]  # we end them
+# A process on each core, to which nobody else on this machine can send work.
+CORES = {"processes": True, "threads_per_worker": 1, "security": True, "silence_logs": logging.CRITICAL}
+CORES |= {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
 Report = Callable[[float, str], None]  # is told how far it is, from 0 to 1 and in a sentence
 
 
@@ -60,7 +60,7 @@ def score_files(source: str, run: Run, report: Report) -> dict[str, Any]:
         counts = f"{rows:,} rows, {spam / max(rows - errors, 1):.1%} spam, {errors:,} errors"
         report(1, f"{counts}; {new:,} rows were scored in {seconds:.0f} s, {new / seconds:,.0f} rows/s")
         if bad:
-            raise ValueError("; ".join(f"{name}: {problem}" for name, problem in bad.items()))
+            raise ValueError("; ".join(f"{name}: {' '.join(why.split())}" for name, why in bad.items()))
         return finish(run, source, sources, parts)
 
 

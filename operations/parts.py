@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import PurePath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 ROWS = 50_000  # of a part, as a rule
 BATCH = 5_000  # rows of Parquet that are in memory twice
 ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
-BOM = b"\xef\xbb\xbf"  # with which some programs begin UTF-8
+BOM = "\xef\xbb\xbf"  # bytes with which some programs begin UTF-8
 csv.field_size_limit(2**24)  # characters; a field that is longer has a quotation mark that nothing closes
 
 
@@ -107,27 +107,28 @@ def cut(source: Source, columns: Iterable[str], rows: int) -> Iterator[Part]:
     if ending not in ENDINGS:
         raise ValueError(f"its name must end in {', '.join(ENDINGS)}")
     fs, path = url_to_fs(source.url)
-    with fs.open(path, "rb") as file:
-        if ending == ".parquet":
+    if ending == ".parquet":
+        with fs.open(path, "rb") as file:
             about = pq.ParquetFile(file)
             header, total = _check(about.schema_arrow.names, columns), about.metadata.num_rows
             for start in range(0, total, rows):
                 count = min(rows, total - start)
                 yield Part(source, start + 1, count, start, source.size * count // total, header)
-        else:
+    else:  # what the bytes of a text mean is seen when it is read
+        with fs.open(path, "r", encoding="latin-1", newline="\n") as file:
             yield from _cut_lines(file, source, columns, rows, ending == ".csv")
 
 
-def _cut_lines(file: BinaryIO, source: Source, columns: Iterable[str], rows: int, is_csv: bool) -> Iterator[Part]:
+def _cut_lines(file: TextIO, source: Source, columns: Iterable[str], rows: int, is_csv: bool) -> Iterator[Part]:
     """Cut a table, a row of which may have several lines, or JSON lines."""
     start = place = len(BOM) if file.read(len(BOM)) == BOM else 0
     file.seek(place)
 
     def lines() -> Iterator[str]:
         nonlocal place
-        for line in io.BufferedReader(file, 2**20):
+        for line in file:
             place += len(line)
-            yield line.decode("latin-1")  # whether it is UTF-8 shows when the part is read
+            yield line
 
     records, first = lines(), 1
     if is_csv:
@@ -189,7 +190,7 @@ def read(part: Part, columns: Iterable[str]) -> Iterator[dict[str, Any] | str | 
         with fs.open(path, "rb") as file:
             yield from _read_parquet(pq.ParquetFile(file), part, columns)
         return
-    text = _decode(fs.cat_file(path, part.offset, part.offset + part.size), part.offset)
+    text = _decode(fs.cat_file(path, start=part.offset, end=part.offset + part.size), part.offset)
     if ending == ".csv":
         for cells in csv.reader(io.StringIO(text, newline="\n"), strict=True):
             if len(cells) == len(part.header):

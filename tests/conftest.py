@@ -5,7 +5,14 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, code_cells, missing, run_notebook
+from helpers import BUCKET, ROOT, code_cells, missing, run_notebook
+
+ACCOUNT = {
+    "AWS_ACCESS_KEY_ID": "student",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -90,6 +97,23 @@ def trained(prepared):
     done, _ = run_notebook(prepared / "train.ipynb", prepared)
     assert done.returncode == 0, done.stderr[-3000:]
     return prepared
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The address of an S3-compatible server with an empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
+    yield endpoint
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from sklearn.base import BaseEstimator
 
 ROOT = Path(__file__).resolve().parents[1]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses the connection
+BUCKET = "sms-data"  # of the object store that the fixture `bucket` starts
 SPAM = [
     "URGENT! You have won a 1 week FREE membership in our £100,000 prize Jackpot! Call 09061701461 to claim",
     "WINNER!! You have been selected to receive a £900 prize reward. To claim call 09058094455 now",

@@ -5,32 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from moto.server import ThreadedMotoServer
-
-BUCKET = "sms-data"
-ACCOUNT = {
-    "AWS_ACCESS_KEY_ID": "student",
-    "AWS_SECRET_ACCESS_KEY": "secret",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The address of an S3-compatible server with an empty bucket."""
-    import boto3
-
-    for name, value in ACCOUNT.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
-    yield endpoint
-    server.stop()
+from helpers import BUCKET
 
 
 def test_push_wipe_and_pull(prepared, clone, bucket, tmp_path):
