@@ -30,6 +30,7 @@ ABOUT = "sms:about"  # the name of what the server holds, and how many partition
 MODELS = "sms:models"  # the cards of the models that answer
 SOCKET = STATE / "redis" / "socket"  # of the server of make stream
 SCHEMES = ("redis://", "rediss://", "unix://")
+ERRORS = (redis.RedisError, redis.RedisClusterException)
 # A client that tried again by itself would publish twice what had arrived when only the reply was lost.
 OPTIONS = {"retry": Retry(NoBackoff(), 0), "encoding_errors": "replace", "protocol": 2}
 
@@ -91,7 +92,7 @@ def connect(partitions: int) -> redis.Redis | redis.RedisCluster:
         client.hsetnx(ABOUT, "name", secrets.token_hex(4))
         client.hsetnx(ABOUT, "partitions", partitions)
         known = int(client.hget(ABOUT, "partitions"))
-    except (redis.RedisError, OSError) as error:
+    except (*ERRORS, OSError) as error:
         why = "The server of REDIS_URL cannot be used" if url else "REDIS_URL is not set, and no make stream runs"
         raise ValueError(f"{why}: {str(error).rstrip('.')}.") from None
     if known != partitions:
@@ -141,7 +142,7 @@ class Patience:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> bool:
         """Let a program go on after an error of Redis, and after no other."""
-        is_away = isinstance(error, redis.RedisError)
+        is_away = isinstance(error, ERRORS)
         if is_away and not self.is_away:
             print(f"Redis is away: {str(error).rstrip('.')}.", file=sys.stderr, flush=True)
         if self.is_away and not error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import redis
 from redis.exceptions import WatchError
 
-from operations.broker import GROUP, join, key
+from operations.broker import ERRORS, GROUP, join, key
 
 SCORERS = "sms:scorers"  # who is there, and when each was last seen
 
@@ -78,7 +78,7 @@ class Partitions:
                 if pipe.get(lease) != self.name.encode():
                     raise WatchError(f"the lease of partition {partition} is over")
                 yield pipe
-        except redis.RedisError:
+        except ERRORS:
             self.held.discard(partition)
             raise
 

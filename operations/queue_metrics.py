@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from engine.server import read_environment
-from operations.broker import GROUP, key, read_place
+from operations.broker import ERRORS, GROUP, key, read_place
 
 ANSWERED = Counter("sms_answered", "Messages that this scorer has answered, by the stream they went to", ["stream"])
 
@@ -32,7 +32,7 @@ class Streams(Collector):
         }
         try:
             values = [self._look(partition) for partition in range(self.partitions)]
-        except redis.RedisError:
+        except ERRORS:
             return
         for name, description in gauges.items():
             family = GaugeMetricFamily(f"sms_{name}", description, labels=["partition"])

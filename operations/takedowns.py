@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from operations.broker import attend, connect, join, key, read_params
+from operations.broker import ERRORS, attend, connect, join, key, read_params
 
 GROUP = "take-downs"
 BATCH = 100  # messages
@@ -40,7 +40,7 @@ class TakeDowns:
         try:
             for stream in self.streams:
                 self._print(stream)
-        except redis.RedisError:
+        except ERRORS:
             self.begun.clear()  # what was not acknowledged is read again
             raise
         return self.count - before

