@@ -219,7 +219,10 @@ function showEstimates(estimated) {
 
 // Monitoring
 
-export const COLUMNS = { propensity: "propensity", prediction: "decision", characters: "length", digits: "number of digits" };
+export const COLUMNS = {
+  propensity: "propensity", prediction: "decision", characters: "number of characters", digits: "number of digits",
+};
+const DECISIONS = { "up to 0": "not taken down", "above 0": "taken down" };
 export const distanceOf = (column) => ({ result }) => result.drift.find((row) => row.column === column);
 export const missedOf = ({ result }) => result.evaluation.reported.missed;
 
@@ -236,7 +239,7 @@ export function showMonitoring(periods) {
   fill("drift", keyed(result.drift, ({ column }) => column, (row) => [
     make("th", { scope: "row" }, COLUMNS[row.column] ?? row.column),
     make("td", { class: "number" }, percent(row.distance)),
-    make("td", {}, row.bin),
+    make("td", {}, row.column === "prediction" ? DECISIONS[row.bin] : row.bin),
     make("td", { class: "number" }, percent(row.before)),
     make("td", { class: "number" }, percent(row.now)),
     make("td", {}, row.alarm ? make("span", { class: "state failed" }, "alarm") : "none"),
@@ -248,8 +251,7 @@ export function showMonitoring(periods) {
     make("td", { class: "number" }, percent(row.share)),
     make("td", { class: "number" }, points(row.gap), make("small", {}, range(row, points))),
   ]));
-  const notes = [...(result.notes ?? []), ...result.evaluation.notes];
-  element("monitoring-notes").replaceChildren(...notes.map((note) => make("li", {}, note)));
+  element("monitoring-notes").replaceChildren(...result.evaluation.notes.map((note) => make("li", {}, note)));
   fill("history", keyed(periods, ({ id }) => id, (period) => [
     make("th", { scope: "row" }, time(period.end), make("small", {}, `model ${period.model}`)),
     ...Object.keys(COLUMNS).map((column) => {

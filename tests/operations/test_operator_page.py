@@ -36,11 +36,11 @@ DELIVERED = "Crypto alert: your wallet received 2.4 BTC. Withdraw at coin-vault.
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title = 'owned'</script> \u202e\x07 FREE prize!"
 )
-COLUMNS = {  # what monitoring calls them, the bin that changes most, and its share before
-    "propensity": ("propensity", "0.62 to 0.98", 0.081),
-    "prediction": ("decision", "above 0", 0.189),
-    "characters": ("length", "131 to 152", 0.101),
-    "digits": ("number of digits", "2 to 5", 0.097),
+COLUMNS = {  # the bin that changes most of each, its share before, and what an alarm says
+    "propensity": ("0.62 to 0.98", 0.081, "The propensity is 0.62 to 0.98 in {} of the messages, and was in {}"),
+    "prediction": ("above 0", 0.189, "{} of the messages are taken down, and {} were"),
+    "characters": ("131 to 152", 0.101, "The number of characters is 131 to 152 in {} of the messages, and was in {}"),
+    "digits": ("2 to 5", 0.097, "The number of digits is 2 to 5 in {} of the messages, and was in {}"),
 }
 PARAMS = {
     "retention_days": 7,
@@ -125,18 +125,16 @@ def over(state="done", minutes=60, took=100, **values):
 def found(distances=(0.02, 0.01, 0.03, 0.02), share=0.2, precision=0.97, missed=(5, 500), **changes):
     """Return what was found when a period was looked at; a distance from 0.05 on is an alarm."""
     drift, alarms = [], {}
-    for (column, (name, most, before)), distance in zip(COLUMNS.items(), distances, strict=True):
+    for (column, (most, before, says)), distance in zip(COLUMNS.items(), distances, strict=True):
         row = {"column": column, "distance": distance, "p": 0.001, "corrected": 0.004, "alarm": distance >= 0.05}
-        now = before + 0.8 * distance
-        drift.append({**row, "bin": most, "before": before, "now": now})
+        after = before + 0.8 * distance
+        drift.append({**row, "bin": most, "before": before, "now": after})
         if row["alarm"]:
-            alarms[f"drift of {column}"] = (
-                f"The {name} of {now:.1%} of the messages lies in {most}, where that of {before:.1%} of the messages "
-                "did on which the model was tested."
-            )
+            sentence = f"{says.format(f'{after:.1%}', f'{before:.1%}')} of those that the model was tested on."
+            alarms[f"drift of {column}"] = sentence
     reported = {"missed": evaluation.share(*missed), "spam": evaluation.share(30, 3000), "cost": 40.0}
     measured = {"reported": reported, "estimated": None, "regions": {}, "notes": []}
-    result = {"messages": 3500, "drift": drift, "least": 0.05, "min_precision": 0.9}
+    result = {"messages": 3800, "drift": drift, "least": 0.05, "min_precision": 0.9}
     result |= {"spam_share": share, "expected_precision": precision}
     return result | {"evaluation": measured, "segments": [], "alarms": alarms, "streams": {}} | changes
 
@@ -151,25 +149,25 @@ def add_periods(engine, results, model=1):
 
 
 def month():
-    """Return what was found on the nights of a month, in which a new kind of message arrives and a region is hit."""
+    """Return what was found on the nights of a month, at whose end a new kind of message and a new alarm arrive."""
     random, nights = np.random.default_rng(0), {}
     for days, new in zip(range(29, -1, -1), [0] * 22 + list(np.linspace(0.02, 0.12, 8)), strict=True):
         distances = random.uniform(0.005, 0.03, 4) + np.array([new, new / 3, new, new / 2])
-        missed = (int(random.integers(2, 7) + 150 * new), 520)
+        missed = (int(random.integers(2, 7) + 30 * new), 569)
         share = 0.2 + new / 2 + random.normal() / 100
         nights[days] = found(distances.round(4).tolist(), share, 0.97 - new / 3, missed)
-    nights[0]["segments"] = [served_worse("region", "islands")]
-    nights[0]["alarms"]["region islands, taken down"] = (
-        "Of the messages taken down where the region is islands, at least 7.9% were so in error, 6.1 points more than "
-        "elsewhere (2.5 to 11.2)."
+    nights[0]["segments"] = [served_worse("language", "cy")]
+    nights[0]["alarms"]["language cy, taken down"] = (
+        "Of the messages taken down where the language is cy, at least 7.5% were so in error, 6.9 points more than "
+        "elsewhere (1.0 to 22.0)."
     )
     return nights
 
 
 def served_worse(segment, value):
     """Return a segment of which more messages are taken down in error than of others."""
-    interval = {"gap": 0.061, "low": 0.025, "high": 0.112, "p": 1e-5, "corrected": 1e-4, "alarm": True}
-    return {"segment": segment, "value": value, "of": "taken down", "messages": 1190, "share": 0.079, **interval}
+    interval = {"gap": 0.069, "low": 0.01, "high": 0.22, "p": 0.0004, "corrected": 0.0008, "alarm": True}
+    return {"segment": segment, "value": value, "of": "taken down", "messages": 80, "share": 0.075, **interval}
 
 
 def fill(engine):
@@ -185,9 +183,9 @@ def fill(engine):
     register(engine, former, "serving")
     with engine.begin() as connection:
         for number, values in (
-            (1, {"promoted": ago(days=2), "created": ago(days=3)}),
+            (1, {"promoted": ago(days=40), "created": ago(days=41)}),
             (2, {"created": ago(hours=5)}),
-            (3, {"state": "retired", "promoted": ago(days=30), "created": ago(days=31)}),
+            (3, {"state": "retired", "promoted": ago(days=70), "created": ago(days=71)}),
         ):
             connection.execute(store.models.update().where(store.models.c.id == number).values(**values))
     add_traffic(engine)
@@ -336,7 +334,7 @@ def test_a_token_that_is_no_longer_right_takes_everything_away(url, engine, open
     page.get_by_role("button", name="Train").click()
     expect(page.locator("#trouble")).to_contain_text("not the token of the operator")
     expect(page.locator("main")).to_be_hidden()
-    for gone in ("parcel-desk", "islands", "<figure"):
+    for gone in ("parcel-desk", "language is cy", "<figure"):
         assert gone not in page.content()
 
 
@@ -443,9 +441,11 @@ def test_hostile_texts_are_inert(url, engine, open_page, tmp_path):
 
 def test_hostile_names_of_segments_are_inert(url, engine, open_page):
     result = found(segments=[served_worse("region", HOSTILE), served_worse("language", "w" * 300)])
-    add_periods(engine, {0: result | {"alarms": {f"region {HOSTILE}": f"More in {HOSTILE}", "toString": "x" * 300}}})
+    alarms = {f"region {HOSTILE}": f"More in {HOSTILE}", "toString": "x" * 300}
+    add_periods(engine, {1: found(), 0: result | {"alarms": alarms}})
     page = open_page(url, viewport={"width": 360, "height": 700})
     expect(page.locator("#alarms")).to_contain_text("New: More in <img src=x")
+    expect(page.locator("#alarms")).to_contain_text("New: xxx")
     expect(page.locator("#segments")).to_contain_text("region <img src=x")
     for part in ("#alarms", "#segments"):
         assert page.locator(f"{part} .sign").first.text_content() == "U+202E"
@@ -495,16 +495,15 @@ def test_what_monitoring_found_is_shown(url, filled, open_page):
     page = open_page(url)
     alarms = page.locator("#alarms li")
     expect(alarms).to_have_count(5)
-    expect(alarms.nth(0)).to_have_text(re.compile("^New: Of the messages taken down where the region is islands"))
-    expect(alarms.nth(1)).to_have_text(re.compile("^In the last 2 periods: The decision of 23.4% of the messages lies"))
+    expect(alarms.nth(0)).to_have_text(re.compile("^New: Of the messages taken down where the language is cy"))
+    expect(alarms.nth(1)).to_have_text(re.compile("^In the last 2 periods: 23.4% of the messages are taken"))
     expect(page.get_by_text("Nothing was found")).to_be_hidden()
     expect(page.get_by_text("A new alarm orders an evaluation.")).to_contain_text("nothing is promoted")
-    expect(page.locator("#looked-at")).to_contain_text("3,500 messages on which model 1 decided")
+    expect(page.locator("#looked-at")).to_contain_text("3,800 messages on which model 1 decided")
     expect(page.locator("#looked-at time")).to_have_count(3)
-    expect(row(page, "drift", "length")).to_contain_text("13.7%131 to 15210.1%21.1%alarm", use_inner_text=False)
-    expect(row(page, "segments", "region islands")).to_contain_text(
-        "taken down1,1907.9%6.12.5 to 11.2", use_inner_text=False
-    )
+    expect(row(page, "drift", "characters")).to_contain_text("13.7%131 to 15210.1%21.1%alarm", use_inner_text=False)
+    expect(row(page, "drift", "decision")).to_contain_text("taken down18.9%23.4%", use_inner_text=False)
+    expect(row(page, "segments", "language cy")).to_contain_text("taken down807.5%6.91.0 to 22.0", use_inner_text=False)
     expect(page.locator("figure")).to_have_count(6)
     for figure in page.locator("figure").all():
         assert figure.locator("figcaption").text_content()
@@ -512,7 +511,7 @@ def test_what_monitoring_found_is_shown(url, filled, open_page):
     expect(page.locator("#history")).to_be_hidden()
     page.get_by_text("The figures of the plots, as a table").press("Enter")
     expect(page.locator("#history tr").first).to_contain_text(
-        "model 113.5%alarm5.6%alarm13.7%alarm8.9%alarm25.7%93.0%24, 4.6%3.1 to 6.8%", use_inner_text=False
+        "model 113.5%alarm5.6%alarm13.7%alarm8.9%alarm25.7%93.0%9, 1.6%0.83 to 3.0%", use_inner_text=False
     )
     expect(page.locator("#history tr").last).to_contain_text("model 12.1%1.2%0.60%0.54%", use_inner_text=False)
 
@@ -528,11 +527,11 @@ def test_nothing_found_is_a_sentence(url, engine, open_page):
 
 
 def test_an_alarm_of_the_model_before_does_not_make_it_old(url, engine, open_page):
-    add_periods(engine, {2: found((0.2, 0.01, 0.03, 0.02))}, model=1)
+    add_periods(engine, {2: found((0.2, 0.01, 0.07, 0.02))}, model=1)
     add_periods(engine, {1: found((0.01, 0.01, 0.06, 0.02)), 0: found((0.2, 0.01, 0.07, 0.02))}, model=2)
     page = open_page(url)
     expect(page.locator("#alarms li")).to_have_text(
-        [re.compile("New: The propensity"), re.compile("In the last 2 periods: The length")]
+        [re.compile("New: The propensity"), re.compile("In the last 2 periods: The number of characters")]
     )
     drawn = plot(page, "Distance of the propensity").evaluate(PLOTTED)
     [before, after] = [drawn["points"][0][0], drawn["points"][1][0]]
@@ -558,7 +557,9 @@ def test_points_are_where_the_axes_say(url, engine, open_page):
     assert drawn["pieces"] == [1]
     first, last = [f"{at.day} {at:%b}" for at in (datetime.now() - timedelta(days=n, hours=1) for n in (8, 0))]
     assert drawn["ends"] == ["% of messages", "end of the period", first, last, "limit of an alarm: 5.0%"]
-    assert plot(page, "Distance of the length").evaluate(PLOTTED)["limits"] == drawn["limits"]  # on the same scale
+    assert (
+        plot(page, "Distance of the number of characters").evaluate(PLOTTED)["limits"] == drawn["limits"]
+    )  # on the same scale
 
     drawn = plot(page, "Spam and precision").evaluate(PLOTTED)
     shares = [0.1 + days / 100 for days in distances] + [0.9 - days / 100 for days in distances]
@@ -633,11 +634,11 @@ def test_what_is_missing_is_no_point(url, engine, open_page):
     nothing["evaluation"]["notes"] = ["Nobody has said anything of these messages yet."]
     add_periods(engine, {2: found(), 1: nothing, 0: found()})
     page = open_page(url)
-    drawn = plot(page, "Distance of the length").evaluate(PLOTTED)
+    drawn = plot(page, "Distance of the number of characters").evaluate(PLOTTED)
     assert len(drawn["points"]) == 2
     assert drawn["pieces"] == [2]  # no line leads over the gap
-    plot(page, "Distance of the length").get_by_role("slider").press("ArrowLeft")
-    expect(plot(page, "Distance of the length").locator(".reading")).to_contain_text("not known")
+    plot(page, "Distance of the number of characters").get_by_role("slider").press("ArrowLeft")
+    expect(plot(page, "Distance of the number of characters").locator(".reading")).to_contain_text("not known")
     expect(plot(page, "Spam and precision").locator(".reading")).to_contain_text("spam not knownprecision not known")
     expect(page.locator("#history tr").nth(1)).to_contain_text("model 1" + 7 * "\u2013", use_inner_text=False)
 
