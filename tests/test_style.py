@@ -8,7 +8,7 @@ import statistics
 import pytest
 from helpers import ROOT, code_cells
 
-NOTEBOOKS = ("prepare.ipynb", "train.ipynb", "impact.ipynb", "transfer_learning.ipynb")
+NOTEBOOKS = ("prepare.ipynb", "train.ipynb", "impact.ipynb", "monitoring.ipynb", "transfer_learning.ipynb")
 MAY_IMPORT = {
     "score.py": {"engine"},
     "app.py": {"engine", "score"},
