@@ -51,8 +51,8 @@ export function showPlots(latest) {
   periods = sorted;
   const focused = document.activeElement.id;
   plots = [DISTANCES, ...OTHERS.map((plot) => [plot])].flatMap((alike) => {
-    const top = topOf(alike);
-    return top ? alike.map((plot) => drawPlot(plot, top)) : [];
+    const told = alike.filter(({ lines }) => lines.some(({ of }) => periods.some(of)));
+    return told.map((plot) => drawPlot(plot, topOf(told)));
   });
   element("plots").replaceChildren(...plots.map(({ figure }) => figure));
   choose(null);
@@ -62,11 +62,11 @@ export function showPlots(latest) {
 // The limit of an alarm, as it was when the latest period was looked at.
 const limitOf = ({ limit }) => periods.at(-1)?.result[limit];
 
-// Returns where the axis of plots ends that share one, or nothing if they have no value.
+// Returns where the axis of plots ends that share one.
 function topOf(alike) {
   const lines = alike.flatMap((plot) => plot.lines);
   const values = lines.flatMap(({ of }) => periods.map(of)).filter(Boolean).map(({ value, high }) => high ?? value);
-  return values.length && (TOPS.find((top) => top >= Math.max(...values, limitOf(alike[0]) ?? 0)) ?? 1);
+  return TOPS.find((top) => top >= Math.max(...values, limitOf(alike[0]) ?? 0)) ?? 1;
 }
 
 function x(period) {

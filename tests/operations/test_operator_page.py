@@ -621,8 +621,11 @@ def test_a_new_period_is_drawn_and_the_focus_stays(url, engine, open_page):
 
 
 def test_one_period_is_a_point_in_the_middle(url, engine, open_page):
-    add_periods(engine, {0: found((0.08, 0, 0, 0))})
+    result = found((0.08, 0, 0, 0))
+    del result["drift"][2:]
+    add_periods(engine, {0: result})
     page = open_page(url)
+    expect(page.locator("figure")).to_have_count(4)
     drawn = plot(page, "Distance of the propensity").evaluate(PLOTTED)
     assert drawn["points"] == drawn["alarms"] == [pytest.approx([0.5, 0.08], abs=0.001)]
     assert drawn["ends"][1].startswith("end of the period: ")
