@@ -31,7 +31,7 @@ SCORERS = 2
 EVERY = 200  # messages taken down, for one that is printed
 TICK = 0.1  # seconds from one look to the next
 START = 90  # seconds in which the scorers must share the partitions
-BEHIND = 30  # seconds in which all must be answered and stored after the last message
+BEHIND = 30  # seconds without an answer after which no more is expected
 
 
 def replay(file: Path, rate: str, count: int, held: BinaryIO, server: subprocess.Popen | None) -> str:
@@ -56,11 +56,12 @@ def replay(file: Path, rate: str, count: int, held: BinaryIO, server: subprocess
     leases = [key("lease", partition) for partition in range(partitions)]
 
     def wait(condition: Callable[[], Any], seconds: float = math.inf) -> None:
-        """Wait until a condition holds, it has taken too long, or somebody has seen enough."""
-        deadline = time.monotonic() + seconds
-        while not ended.wait(TICK) and time.monotonic() < deadline:
+        """Wait until a condition holds, there has been no answer for some time, or somebody has seen enough."""
+        last = time.monotonic()
+        while not ended.wait(TICK) and time.monotonic() < last + seconds:
             with patience:
-                tally.step()
+                if tally.step():
+                    last = time.monotonic()
                 if condition():
                     break
             for program in programs:

@@ -65,7 +65,7 @@ class Tally:
         p50, p99 = np.percentile(self.times, [50, 99]) if self.times else (0, 0)
         return "\n".join(
             [
-                "| published | delivered | taken down | dead | lost | twice | p50 (ms) | p99 (ms) |",
+                "| published | delivered | taken down | dead | not answered | twice | p50 (ms) | p99 (ms) |",
                 "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
                 f"| {published:,} | " + " | ".join(f"{self.kinds[kind]:,}" for kind in KINDS) + f" | "
                 f"{published - len(self.ids):,} | {twice:,} | {p50:,.0f} | {p99:,.0f} |",

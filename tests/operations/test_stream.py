@@ -116,8 +116,7 @@ def drain(*scorers):
     """Let scorers answer all that waits."""
     for scorer in scorers:
         scorer.partitions.share()
-        while scorer.partitions.find_waiting():
-            scorer.step()
+        poll(lambda scorer=scorer: [scorer.step()] and not scorer.partitions.find_waiting(), "all to be answered", 10)
 
 
 def answers(client, *kinds, partitions=N):
