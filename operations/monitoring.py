@@ -43,10 +43,11 @@ def monitor_window(engine: sa.Engine, start: int | None = None, end: int | None 
         start, end: of the period, in microseconds; if None the day before now.
 
     Returns:
-        "messages" that the model decided on; "drift", a row for each column that was compared; "spam_share" and
-        "expected_precision" as the propensities have them; "evaluation" as `evaluation.measure` returns it; "segments"
-        that get more wrong decisions than others; "streams", what the next night goes on from; and "alarms", a sentence
-        by the name of each.
+        "messages" that the model decided on; "drift", a row for each column that was compared, and the "least" distance
+        that gives an alarm; "spam_share" and "expected_precision" as the propensities have them, and the
+        "min_precision" that is asked for; "evaluation" as `evaluation.measure` returns it; "segments" that get more
+        wrong decisions than others; "streams", what the next night goes on from; and "alarms", a sentence by the name
+        of each.
 
     Raises:
         ValueError: the period is none, or the model that serves decided nothing in it.
@@ -62,8 +63,9 @@ def monitor_window(engine: sa.Engine, start: int | None = None, end: int | None 
         raise ValueError("the model that serves decided nothing in the period to look at: choose another one")
     last = last_result(engine, model)
     result = look(data, card, params, last.get("streams", {}))
+    found = json.dumps(result, allow_nan=False)
     with engine.begin() as connection:
-        values = {"created": now(), "start": start, "end": end, "model": model, "result": json.dumps(result)}
+        values = {"created": now(), "start": start, "end": end, "model": model, "result": found}
         row = connection.scalar(drift.insert().values(**values).returning(drift.c.id))
     if result["alarms"].keys() - last.get("alarms", {}).keys():
         enqueue(engine, "evaluate", {"start": start, "end": end}, slot=f"evaluate on alarm {row}")
@@ -109,11 +111,12 @@ def _compare_columns(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return how far each column is from the reference of the model, and the alarms."""
     if "reference" not in card:
-        return {"drift": []}, {}
+        return {"drift": [], "least": limits["least"]}, {}
     columns = data[list(COLUMNS)].dropna(axis="columns", how="all")  # nothing is counted in rows of older versions
     table = compare(mix(card["reference"], limits["mix"]), columns, limits["alpha"], limits["least"])
     alarms = {f"drift of {name}": _say(name, row) for name, row in table[table["alarm"]].iterrows()}
-    return {"drift": table.rename_axis("column").reset_index().to_dict("records")}, alarms
+    rows = table.rename_axis("column").reset_index().to_dict("records")
+    return {"drift": rows, "least": limits["least"]}, alarms
 
 
 def _say(name: str, row: pd.Series) -> str:
@@ -143,6 +146,7 @@ def _judge_performance(
             f"If the propensities are calibrated, precision is {expected:.1%}, and should be at least {least:.0%}."
         )
     figures = {"spam_share": share, "expected_precision": None if np.isnan(expected) else expected}
+    figures |= {"min_precision": least}
     return {**figures, "evaluation": evaluation}, alarms
 
 

@@ -111,12 +111,12 @@ def list_evaluations(engine: sa.Engine, limit: int) -> list[dict[str, Any]]:
 
 
 def list_monitored(engine: sa.Engine, limit: int) -> list[dict[str, Any]]:
-    """Return what was found when the latest periods were looked at, without what the streams remember."""
+    """Return what was found when the latest periods were looked at, without what has no bound: streams and regions."""
     query = sa.select(drift).order_by(drift.c.id.desc()).limit(limit)
     with reader(engine).connect() as connection:
         found = [{**row, "result": json.loads(row["result"])} for row in connection.execute(query).mappings()]
     for row in found:
-        del row["result"]["streams"]
+        del row["result"]["streams"], row["result"]["evaluation"]["regions"]
     return found
 
 

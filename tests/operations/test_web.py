@@ -316,7 +316,7 @@ def test_evaluations_are_shown(light_store, serve):
 def test_what_monitoring_found_is_shown_and_told_to_prometheus(light_store, serve):
     client = serve(light_store).client
     assert "spam_monitored" not in client.get("/operations/metrics").text
-    evaluation = {"estimated": None, "reported": {"missed": None, "spam": None}}
+    evaluation = {"estimated": None, "reported": {"missed": None, "spam": None}, "regions": {"north": {}}}
     result = {"alarms": {"drift of digits": "x"}, "drift": [], "segments": [], "evaluation": evaluation}
     result |= {"expected_precision": None, "streams": {"propensities": [0.5]}}
     with light_store.begin() as connection:
@@ -325,6 +325,7 @@ def test_what_monitoring_found_is_shown_and_told_to_prometheus(light_store, serv
     [shown] = client.get("/monitoring").json
     assert shown["result"]["alarms"] == {"drift of digits": "x"}
     assert "streams" not in shown["result"]
+    assert "regions" not in shown["result"]["evaluation"]
     answer = client.get("/operations/metrics")
     assert answer.content_type.startswith("text/plain; version=")
     assert 'spam_alarm{alarm="drift of digits"} 1.0' in answer.text
