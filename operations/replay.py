@@ -115,6 +115,9 @@ def main() -> None:
                 raise ValueError(f"Another make stream runs on {STATE}, or is about to end.")
             server = None if os.environ.get("REDIS_URL") else stack.enter_context(own_server(held))
             print(replay(args.file, args.rate, count, held, server))
+            print(
+                "The scores are in the store: make operate shows them. For more: make stream RATE=200000/min SECONDS=20"
+            )
     except (argparse.ArgumentTypeError, OSError, ValueError) as error:
         sys.exit(str(error))
 
