@@ -129,7 +129,6 @@ def place_of(offset: int) -> str:
 
 def main() -> None:
     """Store answers until SIGTERM or Ctrl-C."""
-    os.nice(NICENESS)  # the scorers go first
     params = read_params()
     try:
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -147,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.nice(NICENESS)  # the scorers go first
     main()
