@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.bench import ROOT, describe_machine, family, judge, publish, read_messages, say
+from benchmarks.bench import ROOT, describe_machine, family, judge_all, publish, read_messages, say
 from operations.scores import open_scores
 
 REPORT = ROOT / "build" / "benchmarks-batches.md"
@@ -113,10 +113,7 @@ def measure(folder: Path, quick: bool) -> str:
                 for name, (rows, seconds, memory) in zip(names, results, strict=True)
             ),
             "",
-            "| Bar | required | measured | |",
-            "| --- | ---: | ---: | --- |",
-            *(judge(*bar) for bar in bars),
-            "",
+            *judge_all(bars),
         ]
     )
 

@@ -24,7 +24,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -453,10 +453,7 @@ def render(
             f"| memory of all its processes | {before:.0f} MB at first, "
             f"{after:.0f} MB {alone['served']:,} requests later |",
             "",
-            "| Bar | required | measured | |",
-            "| --- | ---: | ---: | --- |",
-            *(judge(*bar) for bar in bars),
-            "",
+            *judge_all(bars),
         ]
     )
 
@@ -469,6 +466,15 @@ def judge(what: str, measured: float, required: float, digits: str) -> str:
     else:
         verdict = f"missed: {measured / required:.2f} times the bar" if required else "missed"
     return f"| {what} | {required:{digits}} | {measured:{digits}} | {verdict} |"
+
+
+def judge_all(bars: Iterable[tuple[str, float, float, str]]) -> list[str]:
+    """Return the table that says of each bar whether it is reached, the end of a report.
+
+    Args:
+        bars: of each what is measured, its figure, the figure required, and the format of both.
+    """
+    return ["| Bar | required | measured | |", "| --- | ---: | ---: | --- |", *(judge(*bar) for bar in bars), ""]
 
 
 def publish(description: str, measure: Callable[[Path, bool], str], path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
-from benchmarks.bench import ROOT, describe_machine, judge, publish, say
+from benchmarks.bench import ROOT, describe_machine, judge_all, publish, say
 from benchmarks.postgres import Postgres
 from operations.store import SECOND, WORKERS, day_of, insert, labels, migrate, now, open_store, register
 from score import load_card, load_model, score_batch
@@ -106,8 +106,8 @@ def measure(folder: Path, quick: bool) -> str:
     rows = [f"| {name} | {number:,} | {s:.1f} | {peak:.0f} | {alarms} |" for name, (s, peak, alarms) in found.items()]
     bars = []
     for name, (seconds, peak, _) in found.items():
-        bars.append(judge(f"{name}: seconds, at most", seconds, 60, ".1f"))
-        bars.append(judge(f"{name}: peak memory (MB), at most", peak, 1024, ".0f"))
+        bars.append((f"{name}: seconds, at most", seconds, 60, ".1f"))
+        bars.append((f"{name}: peak memory (MB), at most", peak, 1024, ".0f"))
     return "\n".join(
         [
             f"{machine}. 1 in 100 messages is labelled; the peak is the highest of all processes so far.",
@@ -116,10 +116,7 @@ def measure(folder: Path, quick: bool) -> str:
             "| --- | ---: | ---: | ---: | ---: |",
             *rows,
             "",
-            "| Bar | required | measured | |",
-            "| --- | ---: | ---: | --- |",
-            *bars,
-            "",
+            *judge_all(bars),
         ]
     )
 

@@ -23,7 +23,7 @@ from benchmarks.bench import (
     ROUNDS,
     Service,
     describe_machine,
-    judge,
+    judge_all,
     load,
     publish,
     read_messages,
@@ -188,10 +188,7 @@ def render(machine: str, rates: dict[str, float], peaks: dict[str, dict[str, flo
                 for name, peak in peaks.items()
             ),
             "",
-            "| Bar | required | measured | |",
-            "| --- | ---: | ---: | --- |",
-            *(judge(*bar) for bar in bars),
-            "",
+            *judge_all(bars),
         ]
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.bench import PEAK, ROOT, describe_machine, end, judge, publish, say
+from benchmarks.bench import PEAK, ROOT, describe_machine, end, judge_all, publish, say
 
 REPORT = ROOT / "build" / "benchmarks-streaming.md"
 SECONDS = 60
@@ -122,10 +122,7 @@ def render(machine: str, runs: dict[str, dict[str, float]], due: int) -> str:
                 for name, run in runs.items()
             ),
             "",
-            "| Bar | required | measured | |",
-            "| --- | ---: | ---: | --- |",
-            *(judge(*bar) for bar in bars),
-            "",
+            *judge_all(bars),
         ]
     )
 
