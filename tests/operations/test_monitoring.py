@@ -153,8 +153,9 @@ def night(store, tmp_path, monkeypatch, card):
     start = now() - 10**9
     monkeypatch.setattr(monitoring, "first_model", lambda _: tmp_path)
     monkeypatch.setattr(monitoring, "load_card", lambda _: card)
-    # Other models and what they score on the side are none of the night's.
-    other = {"model": 2, "shadow": True, "propensity": 0.99, "threshold": 0.9, "prediction": True}
+    # What another model decided, or scored on the side, is none of the night's.
+    other = {"model": 2, "propensity": 0.99, "threshold": 0.9, "prediction": True}
+    before = {**other, "shadow": False, "action": "take down", "arm": "filtered"}
 
     def look_at(data):
         nonlocal start
@@ -164,7 +165,9 @@ def night(store, tmp_path, monkeypatch, card):
         for i, row in enumerate(rows):
             row |= {"message": (start + i) * WORKERS, "action": "take down" if row["prediction"] else "deliver"}
         with store.begin() as connection:
-            insert(connection, [*rows, {**other, "message": rows[0]["message"]}])
+            insert(connection, rows)
+            insert(connection, [{**other, "shadow": True, "message": rows[0]["message"]}])
+            insert(connection, [{**before, "message": rows[0]["message"] + 1}])
         return start, monitor_window(store, start, start + len(rows))
 
     return look_at
