@@ -78,7 +78,7 @@ def add_traffic(engine, count=4000, model=1, candidate=2):
     random = np.random.default_rng(0)
     spam = random.random(count) < 0.2
     propensities = np.where(spam, random.beta(8, 0.5, count), random.beta(0.3, 3 - 2.8 * (random.random(count) < 0.02)))
-    numbers = (ago(days=1, hours=1) + np.arange(count) * 82_800 * SECOND // count) * WORKERS
+    numbers = (ago(days=1) + np.arange(count) * 79_200 * SECOND // count) * WORKERS
     rows = []
     for i in range(count):
         row = {"message": int(numbers[i]), "threshold": 0.909091, "propensity": float(propensities[i])}
