@@ -270,6 +270,22 @@ def test_what_a_killed_scorer_left_is_answered_first_and_in_order(client):
     assert_in_order(found)
 
 
+def test_what_was_deleted_by_hand_does_not_keep_a_scorer_from_the_rest(client):
+    for i in range(20):
+        client.xadd(key("incoming", 0), {"id": str(i), "text": "x"})
+    killed = make_scorer(client)
+    killed.partitions.share()
+    read, _ = killed._read(0)
+    client.xdel(key("incoming", 0), *(place for place, _ in read[:3] + read[10:12]))
+    client.delete(SCORERS, *(key("lease", partition) for partition in range(N)))
+    publish(client, 100, begin=1000)
+    drain(make_scorer(client, batch=5))
+    found = [answer["id"] for answer in answers(client, *ANSWERS)]
+    left = [str(i) for i in range(20) if not (i < 3 or 10 <= i < 12)]
+    assert Counter(found) == Counter(left + [str(1000 + i) for i in range(100)])
+    assert client.xpending(key("incoming", 0), GROUP)["pending"] == 0
+
+
 def test_a_message_that_ends_its_readers_is_dead_and_takes_no_other_with_it(client):
     for i in range(20):
         client.xadd(key("incoming", 0), {"id": str(i), "text": "poison" if i == 7 else "x" * i})
