@@ -4,7 +4,7 @@ RATE ?= 100000/min
 SECONDS ?= 60
 BIN := .venv/bin
 UV_VERSION := 0.13.9
-REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt requirements-operations.txt benchmarks/requirements.txt
+REQUIREMENTS := requirements.txt requirements-serve.txt requirements-transfer.txt requirements-operations.txt requirements-docs.txt benchmarks/requirements.txt
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --constraint requirements.lock
 # Files of tests, two at a time, in their order: the one that takes the longest is not the last.
 TWO_FILES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -35,7 +35,7 @@ endef
 export STRIP
 
 .PHONY: help run impact monitoring style check test coverage serve ui notebooks transfer bench profile attack evaluate \
-	operate stream batch story backup restore forget image up down hooks \
+	operate stream batch story backup restore forget docs image up down hooks \
 	lock clean clean-experiments
 
 help:  ## list the targets
@@ -58,7 +58,7 @@ style: .venv/requirements.txt  ## check the style and the direction of imports
 check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy, fault or store
 	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault or operations)"
 
-test: style .venv/requirements-transfer.txt .venv/requirements-operations.txt | build  ## style and all tests
+test: style .venv/requirements-transfer.txt .venv/requirements-operations.txt .venv/requirements-docs.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header $(TWO_FILES) --cov --cov-report=term-missing | tee build/coverage.txt
 
 coverage: test  ## all tests, and their report in coverage.txt
@@ -123,6 +123,10 @@ restore: .venv/requirements-operations.txt  ## bring back the backup FROM, a fol
 forget: .venv/requirements-operations.txt  ## delete the texts that have been kept as long as params.yaml allows
 	@$(BIN)/python -m operations.store
 
+docs: .venv/requirements-docs.txt .venv/requirements-operations.txt  ## build the documentation: build/docs/index.html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky --conf-dir docs --doctree-dir build/doctrees . build/docs
+	@echo "Open build/docs/index.html"
+
 image:  ## build the container image
 	docker build --build-arg BASE -t sms-spam .
 
@@ -170,7 +174,7 @@ build/monitoring.ipynb: monitoring.ipynb params.yaml score.py $(wildcard engine/
 	$(INSTALL) --requirement $<
 	cp $< $@
 
-.venv/requirements-transfer.txt .venv/requirements-operations.txt: .venv/%: % .venv/requirements.txt
+.venv/requirements-transfer.txt .venv/requirements-operations.txt .venv/requirements-docs.txt: .venv/%: % .venv/requirements.txt
 	$(INSTALL) --requirement $<
 	cp $< $@
 
