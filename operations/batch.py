@@ -1,6 +1,6 @@
 """Score any number of messages from files: `python -m operations.batch IN OUT`.
 
-IN is a file, a folder or a pattern, here or where fsspec reaches, such as s3://bucket/day/*.parquet. OUT gets Parquet
+IN is a file, a folder or a pattern, here or where fsspec reaches, such as `s3://bucket/day/*.parquet`. OUT gets Parquet
 files of scores, and at the end a manifest; `operations.scores.open_scores` opens it for whoever uses them. A run that
 was ended, however that was, goes on when it is repeated. It uses all cores of this machine, or the Dask cluster that
 DASK_SCHEDULER_ADDRESS names; each machine of that must have the project and the model, and reach IN and OUT.
