@@ -55,8 +55,8 @@ style: .venv/requirements.txt  ## check the style and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
-check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy, fault or store
-	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault or operations)"
+check: style | build  ## style, and the tests that take no notebook run, torch, Docker, browser, proxy, fault, store or docs
+	$(BIN)/python -m pytest --no-header -m "not (notebook or torch or docker or browser or proxy or fault or operations or docs)"
 
 test: style .venv/requirements-transfer.txt .venv/requirements-operations.txt .venv/requirements-docs.txt | build  ## style and all tests
 	set -o pipefail; $(BIN)/python -m pytest --no-header $(TWO_FILES) --cov --cov-report=term-missing | tee build/coverage.txt
@@ -124,7 +124,7 @@ forget: .venv/requirements-operations.txt  ## delete the texts that have been ke
 	@$(BIN)/python -m operations.store
 
 docs: .venv/requirements-docs.txt .venv/requirements-operations.txt  ## build the documentation: build/docs/index.html
-	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky --conf-dir docs --doctree-dir build/doctrees . build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky --jobs auto --conf-dir docs --doctree-dir build/doctrees . build/docs
 	@echo "Open build/docs/index.html"
 
 image:  ## build the container image
