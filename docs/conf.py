@@ -35,7 +35,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3
 default_role = "code"
-autodoc_default_options = {"members": True}
+smartquotes = False
+autodoc_default_options = {"members": True, "ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -48,6 +49,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "first.html"}
 html_copy_source = False
+html_show_copyright = False
 html_favicon = "../static/icon.svg"
 html_math_renderer = "mathml"
 templates_path = ["_templates"]
@@ -94,9 +96,10 @@ def write_formula(translator: Any, node: nodes.math) -> None:
     raise nodes.SkipNode
 
 
-def setup(app: Sphinx) -> None:
-    """Add the above to Sphinx."""
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Add the above to Sphinx; pages can be read and written by several processes."""
     app.connect("source-read", fill_in)
     app.connect("doctree-read", link_files)
     app.add_directive("mermaid", Mermaid)
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

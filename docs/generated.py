@@ -287,7 +287,7 @@ def alarms() -> str:
         {
             "alarm": f"`{rule['alert']}`",
             "by day or night": {"page": "at once", "ticket": "in the morning"}[rule["labels"]["severity"]],
-            "what it says": rule["annotations"]["summary"],
+            "what it says": re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", rule["annotations"]["summary"]),
             "what to do": rule["annotations"]["action"],
         }
         for group in groups
