@@ -119,7 +119,7 @@ def stages() -> str:
 @cache
 def store_tables() -> dict[str, sa.Table]:
     """Return the tables of the store by name, those too that are made each day."""
-    return {of.name: of for of in [*store.metadata.sorted_tables, *store.day_tables(DAY)]}
+    return {of.name: of for of in [*store.metadata.tables.values(), *store.day_tables(DAY)]}
 
 
 def store_table(name: str) -> str:
@@ -143,13 +143,13 @@ def store_table(name: str) -> str:
 
 
 def store_diagram() -> str:
-    """Return a diagram of the tables that hold keys: a number named `model` is a key of `models`, and so on."""
+    """Return a diagram of the tables that hold keys: a large number `model` is a key of `models`, and so on."""
     named = {name.removesuffix(f"_{DAY}"): of for name, of in store_tables().items()}
     keys = [
         (named[f"{column.name}s"], of, column.name)
         for of in named.values()
         for column in of.columns
-        if isinstance(column.type, sa.Integer) and f"{column.name}s" in named
+        if isinstance(column.type, sa.BigInteger) and f"{column.name}s" in named
     ]
     lines = ["erDiagram"]
     for of in dict.fromkeys(table for *pair, _ in keys for table in pair):
@@ -254,7 +254,7 @@ def constant(name: str) -> Any:
 
 
 def output(notebook: str, fragment: str) -> str:
-    """Return what a cell of a committed notebook shows.
+    """Return what a cell of a committed notebook shows, first what it prints.
 
     Args:
         notebook: its file.
@@ -267,16 +267,17 @@ def output(notebook: str, fragment: str) -> str:
     found = [cell for cell in cells if fragment in cell.source and cell.get("outputs")]
     if len(found) != 1:
         raise ValueError(f"{len(found)} cells of {notebook} that show something hold {fragment!r}")
-    parts = []
-    for shown in found[0].outputs:
-        data = shown.get("data", {})
+    parts, printed = [], "".join(shown.get("text", "") for shown in found[0].outputs)
+    if printed:
+        parts.append(fence(printed))
+    for data in (shown.data for shown in found[0].outputs if "data" in shown):
         if "text/html" in data:
             parts.append(fence(f'<div class="output text_html">{data["text/html"]}</div>', "{raw} html"))
         elif "image/png" in data:
             image = f'<img alt="Plot of {notebook}" src="data:image/png;base64,{data["image/png"].strip()}">'
             parts.append(fence(image, "{raw} html"))
         else:
-            parts.append(fence(shown.get("text") or data["text/plain"]))
+            parts.append(fence(data["text/plain"]))
     return "\n\n".join(parts)
 
 
