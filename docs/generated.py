@@ -21,6 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from engine.answers import HEADERS
 from operations import store
+from operations.schemas import LARGEST_ID
 from operations.web import create_operations_app
 from score import load_card, load_model
 
@@ -196,6 +197,13 @@ def fields(schema: dict[str, Any]) -> str:
     return table(rows)
 
 
+def answered(answer: dict[str, Any]) -> str:
+    """Return the names of the fields of an answer, or of each object in it."""
+    schema = answer.get("content", {}).get("application/json", {}).get("schema", {})
+    names = schema.get("items", schema).get("properties", {})
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def parameters(given: list[dict[str, Any]]) -> str:
     """Return the parameters of a path or a query."""
     rows = [
@@ -222,7 +230,7 @@ def limits(schema: dict[str, Any]) -> str:
         **{"enum": "one of {}", "minimum": "at least {:,}", "maximum": "at most {:,}", "default": "{} by default"},
         **{"maxLength": "at most {:,} characters", "maxItems": "at most {:,} of them", "format": "{}"},
     }
-    said = [words[key].format(value) for key, value in schema.items() if key in words]
+    said = [words[key].format(value) for key, value in schema.items() if key in words and value != LARGEST_ID]
     return "; ".join([*([schema["description"]] if "description" in schema else []), *said])
 
 
@@ -282,19 +290,15 @@ def output(notebook: str, fragment: str) -> str:
 
 
 def alarms() -> str:
-    """Return the alarms of Prometheus, and what to do about each."""
+    """Return the alarms of Prometheus, and what to do about each, a section each."""
     groups = yaml.safe_load((ROOT / "operations" / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
-    rows = [
-        {
-            "alarm": f"`{rule['alert']}`",
-            "by day or night": {"page": "at once", "ticket": "in the morning"}[rule["labels"]["severity"]],
-            "what it says": re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", rule["annotations"]["summary"]),
-            "what to do": rule["annotations"]["action"],
-        }
-        for group in groups
-        for rule in group["rules"]
-    ]
-    return table(rows)
+    when = {"page": "At once", "ticket": "In the morning"}
+    parts = []
+    for rule in (rule for group in groups for rule in group["rules"]):
+        summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", rule["annotations"]["summary"])
+        action = f"**{when[rule['labels']['severity']]}**: {rule['annotations']['action']}"
+        parts.append(f"### `{rule['alert']}`\n\n{summary} {action}")
+    return "\n\n".join(parts)
 
 
 def targets() -> str:
