@@ -10,18 +10,16 @@ ENV EXPLAIN=off \
 WORKDIR /app
 
 # Before the files of the project, so that a new model or a changed line does not reinstall.
-# The libraries' own tests are a seventh of what is installed, and nothing imports them.
 COPY requirements-serve.txt .
-RUN pip install --no-cache-dir --only-binary :all: --root-user-action ignore -r requirements-serve.txt \
-    && find /usr/local/lib/python3* -type d -name tests -prune -exec rm -r {} +
+RUN pip install --no-cache-dir --only-binary :all: --root-user-action ignore -r requirements-serve.txt
 
-COPY models/best_model.joblib models/best_model.json models/
+COPY models/best_model.weights.json.gz models/best_model.json models/
 COPY templates templates/
 COPY static static/
 COPY engine engine/
 COPY score.py app.py ./
 # Whatever the umask of the one who builds; owned by root, so the service cannot change them.
-RUN chmod -R a+rX .
+RUN python -m compileall -q . && chmod -R a+rX .
 
 # By number: an orchestrator sees without a user database that it is not root.
 USER 10001:10001

@@ -10,25 +10,28 @@ behind a proxy that limits that time, as docs/nginx.conf does.
 
 from collections.abc import Callable
 from json import JSONEncoder
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, abort
-from sklearn.base import BaseEstimator
 
 from engine.answers import HEADERS, prepare_answers
 from engine.fields import LARGEST_BATCH_BODY, SMALL_BODY, parse_fields, parse_json, read_batch, read_body, read_message
+from engine.linear import LinearModel
 from engine.metrics import CountRequests, Metrics
 from engine.pages import make_pages
 from engine.server import read_switch, serve
 from engine.shortcut import Shortcut
 from engine.work import Queue
-from score import explain, load_card, load_model, score, score_batch
+from score import explain, load_card, load_scorer, score, score_batch
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 PART = 10  # texts of a batch, after which it is seen whether their answer is still in time
 
 
 def create_app(
-    model: BaseEstimator | None = None,
+    model: "BaseEstimator | LinearModel | None" = None,
     card: dict[str, Any] | None = None,
     explains: bool | None = None,
     record: Callable[[dict, list[str], list[tuple[bool, float]], float], list[str]] | None = None,
@@ -36,7 +39,7 @@ def create_app(
     """Make the web application.
 
     Args:
-        model: a fitted estimator, as `score.score` takes it; the saved one if None.
+        model: as `score.score` takes it; the saved one if None.
         card: its `name`, `sha256`, default `threshold` and `operating_points` (what share of spam each threshold
             catches and of ham it takes down, by source); the saved one if None.
         explains: whether /explain answers; if None, unless EXPLAIN in the environment is off.
@@ -46,7 +49,7 @@ def create_app(
     Raises:
         FileNotFoundError, ValueError: the saved model cannot be loaded, or EXPLAIN is neither on nor off.
     """
-    model = load_model() if model is None else model
+    model = load_scorer() if model is None else model
     card = load_card() if card is None else card
     explains = read_switch("EXPLAIN") if explains is None else explains
     # A model that cannot score fails here, and one that can is folded before the workers fork.

@@ -2,28 +2,31 @@
 
 Any fitted scikit-learn estimator that takes raw texts can be scored: `predict_proba` gives the propensity.
 For the kind of model that is saved in ``models/``, a logistic regression over bags of words and characters,
-``engine/linear.py`` computes the same numbers in a small part of the time.
+``engine/linear.py`` computes the same numbers in a small part of the time; saved as weights, such a model
+is scored where scikit-learn is not installed.
 """
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from sklearn.base import BaseEstimator
+from engine.linear import LinearModel, logistic
+from engine.saved import check_threshold, load_card, load_model, load_scorer
 
-from engine.linear import find_folded, logistic
-from engine.saved import check_threshold, load_card, load_model
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
-__all__ = ["check_threshold", "explain", "load_card", "load_model", "score", "score_batch"]
+__all__ = ["check_threshold", "explain", "load_card", "load_model", "load_scorer", "score", "score_batch"]
 
 
-def score(text: str, model: BaseEstimator, threshold: float) -> tuple[bool, float]:
+def score(text: str, model: "BaseEstimator | LinearModel", threshold: float) -> tuple[bool, float]:
     """Decide whether a text is spam.
 
     Args:
         text: one message, as the user typed it; an empty one is a message too.
         model: a fitted estimator or pipeline that takes raw texts and tells two classes apart, the second in
             its `classes_` being spam. Its `predict_proba` is the propensity, or where it has none, the
-            logistic function of its `decision_function`.
+            logistic function of its `decision_function`. Or the weights of a linear one, from `load_scorer`.
         threshold: the propensity, in [0, 1], from which a text is spam. At 0 every text is, at 1 none.
 
     Returns:
@@ -37,12 +40,14 @@ def score(text: str, model: BaseEstimator, threshold: float) -> tuple[bool, floa
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, not {type(text).__name__}")
     check_threshold(threshold)
-    folded = find_folded(model)
-    propensity = _propensities([text], model)[0] if folded is None else folded.propensity(text)
+    linear = _find_linear(model)
+    propensity = _propensities([text], model)[0] if linear is None else linear.propensity(text)
     return _is_spam(propensity, threshold), propensity
 
 
-def score_batch(texts: Sequence[str], model: BaseEstimator, threshold: float) -> list[tuple[bool, float]]:
+def score_batch(
+    texts: Sequence[str], model: "BaseEstimator | LinearModel", threshold: float
+) -> list[tuple[bool, float]]:
     """Decide on many texts at once.
 
     Args:
@@ -63,12 +68,12 @@ def score_batch(texts: Sequence[str], model: BaseEstimator, threshold: float) ->
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}] must be a string, not {type(text).__name__}")
     check_threshold(threshold)
-    folded = find_folded(model)
-    propensities = _propensities(texts, model) if folded is None else map(folded.propensity, texts)
+    linear = _find_linear(model)
+    propensities = _propensities(texts, model) if linear is None else map(linear.propensity, texts)
     return [(_is_spam(propensity, threshold), propensity) for propensity in propensities]
 
 
-def explain(text: str, model: BaseEstimator) -> list[float] | None:
+def explain(text: str, model: "BaseEstimator | LinearModel") -> list[float] | None:
     """Tell how much each character of a text pushed it towards spam.
 
     The log-odds of a linear model are a sum over the words and n-grams of the text; what each of them adds is
@@ -88,8 +93,19 @@ def explain(text: str, model: BaseEstimator) -> list[float] | None:
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, not {type(text).__name__}")
-    folded = find_folded(model)
-    return None if folded is None else folded.contributions(text)
+    linear = _find_linear(model)
+    return None if linear is None else linear.contributions(text)
+
+
+def _find_linear(model: "BaseEstimator | LinearModel") -> LinearModel | None:
+    """Return a model if it is linear, or what it is folded to; None for any other."""
+    if isinstance(model, LinearModel):
+        return model
+    if "sklearn" not in sys.modules:  # so it is no pipeline of it
+        return None
+    from engine.folding import find_folded  # here, because who serves weights does without scikit-learn
+
+    return find_folded(model)
 
 
 def _is_spam(propensity: float, threshold: float) -> bool:
@@ -97,7 +113,7 @@ def _is_spam(propensity: float, threshold: float) -> bool:
     return bool(threshold <= propensity and threshold < 1)
 
 
-def _propensities(texts: list[str], model: BaseEstimator) -> list[float]:
+def _propensities(texts: list[str], model: "BaseEstimator") -> list[float]:
     """Return the propensities of texts, as scikit-learn gives them."""
     has_proba = hasattr(model, "predict_proba")
     if isinstance(model, type) or not (has_proba or hasattr(model, "decision_function")):
@@ -105,6 +121,8 @@ def _propensities(texts: list[str], model: BaseEstimator) -> list[float]:
         raise TypeError(f"model must be a fitted estimator with predict_proba or decision_function, not {kind}")
     if not texts:
         return []
+    import numpy as np  # here, because who serves weights does without it
+
     if has_proba:
         propensities = np.asarray(model.predict_proba(texts))
         if propensities.shape != (len(texts), 2):

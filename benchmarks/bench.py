@@ -177,7 +177,7 @@ def register(folder: Path) -> str:
         name="model",
         registered_model_name="spam",
         serialization_format="cloudpickle",
-        pip_requirements=str(ROOT / "requirements-serve.txt"),
+        pip_requirements=str(ROOT / "requirements.txt"),
         pyfunc_predict_fn="predict_proba",
         signature=mlflow.models.infer_signature(example, model.predict_proba(example)),
     )

@@ -1,49 +1,36 @@
-"""A linear model over bags of words and characters, folded into dictionaries.
+"""A linear model over bags of words and characters: nothing but numbers and strings.
 
 The idea. Such a model adds up: the log-odds of spam are the intercept, plus for each term of the message its
 term frequency times its inverse document frequency times its coefficient, over the length of the message's
-vector. The last two factors of each term never change after training, so they are multiplied once, when the
-model is loaded, and kept in a dictionary. A message then takes one look-up and one addition for each term,
-where `predict_proba` builds and checks a sparse matrix of one row.
+vector. The last two factors of each term never change after training, so they are multiplied once and kept in a
+dictionary. A message then takes one look-up and one addition for each term, where `predict_proba` builds and
+checks a sparse matrix of one row.
 
 Two more savings. The terms of a word are the same wherever it stands, so the sums of words seen before are
 remembered, and only the pairs of neighbouring words are looked up anew. And because the log-odds are a sum,
 each character of a message can be told what it added to them.
 
-What cannot be folded is left to scikit-learn: `find_folded` returns None, and so it does for a model whose
-folded form does not give what scikit-learn gives on a few messages.
+Nothing here takes scikit-learn: `engine/folding.py` makes such a model from a fitted pipeline, `engine/weights.py`
+writes it to a file and reads it.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
+from operator import itemgetter
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
-from scipy.sparse import issparse
-from sklearn.base import BaseEstimator
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import FeatureUnion, Pipeline
-from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils.extmath import safe_sparse_dot
+from engine.text import normalise, origins, plain
 
-from engine.text import normalise, normalise_texts, origins, plain
-
-# Tokens and characters that are the same in a word alone as in the middle of a text.
+# What is the same in a word alone as in the middle of a text: tokens, and what may be done to a text before.
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]"}
+WORDWISE_PREPROCESSING: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower, "plain": plain}
 WORDS_REMEMBERED = 2**15
 LONGEST_WORD_REMEMBERED = 32  # characters; longer ones, links mostly, seldom come again
-PROBES = (
-    "",
-    "WINNER!! Claim your £900 prize, call 09061701461 now now now",
-    "running late,  see you at home at 8... ok?",
-    "Ünïcödé İß ﬁ ĞΣ 😀 a\tb\nc &lt;#&gt; b\u200bank",
-)
+NOTHING: Mapping[str, int] = {}
 
 
 def logistic(log_odds: float) -> float:
@@ -54,81 +41,123 @@ def logistic(log_odds: float) -> float:
     return odds / (1 + odds)
 
 
-class FoldedVectorizer:
-    """One vectorizer with its coefficients folded into one weight for each term of its vocabulary.
+def _once(count: int) -> float:
+    return 1.0
 
-    What a text adds to the log-odds is sum(tf * weight), divided by sqrt(sum(tf**2 * square)) where the
-    vectorizer normalises. Both sums are first taken as if every occurrence of a term were its only one, then
-    corrected for the few terms that occur again.
+
+@lru_cache(1024)
+def _sublinear(count: int) -> float:
+    return 1 + math.log(count)
+
+
+FREQUENCIES: dict[str, Callable[[int], float]] = {"count": float, "once": _once, "sublinear": _sublinear}
+
+
+class LinearVectorizer:
+    """What one vectorizer of scikit-learn's adds to the log-odds: a weight for each term of its vocabulary.
+
+    For a text that is sum(tf * weight), divided by sqrt(sum(tf**2 * square)) where the vectorizer normalises. Both
+    sums are first taken as if every occurrence of a term were its only one, then corrected for the few terms that
+    occur again.
     """
 
-    def __init__(self, vectorizer: CountVectorizer, coefficients: np.ndarray):
-        """Fold a fitted vectorizer.
+    def __init__(
+        self,
+        terms: Sequence[str],
+        weights: Sequence[float],
+        squares: Sequence[float],
+        *,
+        analyzer: str,
+        ngrams: tuple[int, int],
+        preprocess: Callable[[str], str],
+        frequency: str,
+        normalises: bool,
+        pattern: str | None = None,
+        stop_words: Sequence[str] = (),
+    ):
+        """Take what there is to know of a vectorizer.
 
         Args:
-            vectorizer: of a kind that `can_fold` accepts.
-            coefficients: of the terms, shape (n_terms,), in log-odds.
+            terms: its vocabulary, shape (n_terms,), no term twice.
+            weights: of the terms: inverse document frequency times coefficient, in log-odds.
+            squares: of the terms: the square of the inverse document frequency.
+            analyzer: "word", "char" or "char_wb", as scikit-learn names them.
+            ngrams: how many tokens or characters a term has, from and to.
+            preprocess: what is done to a text first.
+            frequency: how often a term occurs counts as it is ("count"), not at all ("once"), or as 1 + ln
+                ("sublinear").
+            normalises: whether the length of a text's vector is 1.
+            pattern: of a token, if the analyzer is "word".
+            stop_words: tokens that are left out.
         """
-        tfidf = getattr(vectorizer, "_tfidf", None)  # as it was fitted; what the vectorizer says may be newer
-        idf = tfidf.idf_ if tfidf and tfidf.use_idf else np.ones(len(coefficients))
-        self.index = {term: int(i) for term, i in vectorizer.vocabulary_.items()}
-        self.weight: list[float] = (idf * coefficients).tolist()
-        self.square: list[float] = (idf**2).tolist()
-        self.normalises = tfidf is not None and tfidf.norm == "l2"
-        self.term_frequency: Callable[[int], float] = float
-        if vectorizer.binary:
-            self.term_frequency = _once
-        elif tfidf and tfidf.sublinear_tf:
-            self.term_frequency = _sublinear
-        self.counts_matter = self.normalises or self.term_frequency is not float
-
-        self.analyze = vectorizer.build_analyzer()
-        self.analyzer = vectorizer.analyzer
-        self.preprocess = vectorizer.build_preprocessor()
-        self.min_n, self.max_n = vectorizer.ngram_range
+        # From 1, so that what is no term can be filtered out as false.
+        self.index = {term: i for i, term in enumerate(terms, 1)}
+        self.weight, self.square = [0.0, *weights], [0.0, *squares]
+        self.analyzer, self.preprocess, self.frequency, self.normalises = analyzer, preprocess, frequency, normalises
+        self.min_n, self.max_n = ngrams
+        self.token = re.compile(pattern) if analyzer == "word" else None
+        self.stop_words = stop_words
+        self.term_frequency = FREQUENCIES[frequency]
+        self.counts_matter = normalises or frequency != "count"
         self.windows: dict[int, list[tuple[int, int]]] = {}
-        self.token = re.compile(vectorizer.token_pattern) if self.analyzer == "word" else None
-        self.stop_words = vectorizer.get_stop_words() or ()
-        self.is_wordwise = is_wordwise(vectorizer)
-        # The pairs of neighbours that are terms, by their two tokens.
-        self.pairs: dict[tuple[str, ...], int] = {}
-        if self.is_wordwise and self.max_n == 2 and self.analyzer == "word":
-            self.pairs = {tuple(term.split(" ")): i for term, i in self.index.items() if " " in term}
+        self.grams: dict[int, Callable[[str], Sequence[str]]] = {}
+        self.is_wordwise = self._is_wordwise()
+        # The pairs of neighbours that are terms: for a first token, the second ones.
+        self.pairs: dict[str, dict[str, int]] = {}
+        if self.is_wordwise and self.max_n == 2 and analyzer == "word":
+            for term, i in self.index.items():
+                first, space, second = term.partition(" ")
+                if space:
+                    self.pairs.setdefault(first, {})[second] = i
+
+    def _is_wordwise(self) -> bool:
+        """Tell whether the terms of a text are those of its words, split at white space, one by one.
+
+        Pairs of neighbouring tokens count too: `known_pairs` sees to those of two words.
+        """
+        if self.preprocess not in WORDWISE_PREPROCESSING.values():
+            return False
+        if self.analyzer != "word":
+            return self.analyzer == "char_wb"
+        is_short = (self.min_n, self.max_n) in ((1, 1), (1, 2))
+        return is_short and self.token.pattern in WORDWISE_PATTERNS and not self.stop_words
 
     def known_terms(self, text: str) -> tuple[Sequence[int], float, float]:
         """Return the terms of a text that are in the vocabulary, and their sums of weights and of squares."""
-        index = self.index
-        return self._sums([index[term] for term in self.analyze(text) if term in index])
+        document = self.preprocess(text)
+        return self._sums(filter(None, [self.index.get(term) for term, _ in self._occurrences(document)]))
 
-    def known_terms_of_word(self, word: str) -> tuple[Sequence[int], float, float, tuple[str, ...]]:
-        """Return what `known_terms` does, and the word's first and last token where pairs are terms.
+    def known_terms_of_word(self, word: str) -> tuple[Any, ...]:
+        """Return what `known_terms` does, and the word's first token and what makes pairs with its last.
 
-        For a vectorizer that is wordwise: it needs less than scikit-learn's analyzer, which takes any text.
+        For a vectorizer that is wordwise. The last part is None where pairs are no terms, or the word has no token.
         """
-        index, document = self.index, self.preprocess(word)
+        get, document = self.index.get, self.preprocess(word)
         if self.analyzer == "char_wb":
-            padded = f" {document} "
-            grams = [padded[i:j] for i, j in self._windows(len(padded))]
-            return *self._sums([index[gram] for gram in grams if gram in index]), ()
+            return *self._sums(filter(None, map(get, self._grams(f" {document} ")))), None
         tokens = self.token.findall(document)
-        terms = [index[token] for token in tokens if token in index and token not in self.stop_words]
+        terms = filter(None, map(get, tokens))
         if not self.pairs or not tokens:
-            return *self._sums(terms), ()
-        terms += [self.pairs[pair] for pair in pairwise(tokens) if pair in self.pairs]
-        return *self._sums(terms), (tokens[0], tokens[-1])
+            return *self._sums(terms), None
+        ends = tokens[0], self.pairs.get(tokens[-1], NOTHING)
+        if len(tokens) > 1:
+            terms = chain(terms, self._pairs((token, self.pairs.get(token, NOTHING)) for token in tokens))
+        return *self._sums(terms), ends
 
-    def known_pairs(self, ends: Sequence[tuple[str, ...]]) -> tuple[Sequence[int], float, float]:
-        """Return the pairs across words that are terms, given the first and last token of each word."""
-        ends = [end for end in ends if end]
-        pairs = [(before[1], after[0]) for before, after in pairwise(ends)]
-        return self._sums([self.pairs[pair] for pair in pairs if pair in self.pairs])
+    def known_pairs(self, ends: Sequence[tuple[str, Mapping[str, int]] | None]) -> tuple[Sequence[int], float, float]:
+        """Return the pairs across words that are terms, given the ends of each word."""
+        return self._sums(self._pairs(filter(None, ends)))
 
-    def _sums(self, terms: list[int]) -> tuple[Sequence[int], float, float]:
+    def _pairs(self, ends: Iterator[tuple[str, Mapping[str, int]]]) -> list[int]:
+        """Return the terms that neighbours make, given a token and what makes pairs with it of each."""
+        return [followers[token] for (_, followers), (token, _) in pairwise(ends) if token in followers]
+
+    def _sums(self, terms: Iterator[int]) -> tuple[Sequence[int], float, float]:
         """Return terms with their sums of weights and of squares."""
+        terms = tuple(terms)
         if not terms:  # as in most words of most vectorizers
             return (), 0.0, 0.0
-        weight, square = self.weight, self.square
-        return terms, sum([weight[term] for term in terms]), sum([square[term] for term in terms])
+        return terms, sum(map(self.weight.__getitem__, terms)), sum(map(self.square.__getitem__, terms))
 
     def log_odds(self, terms: Sequence[int], dot: float, square: float) -> float:
         """Return the log-odds that known terms add, given their sums of weights and of squares."""
@@ -200,23 +229,25 @@ class FoldedVectorizer:
             self.windows[length] = windows
         return windows
 
+    def _grams(self, padded: str) -> Sequence[str]:
+        """Return the n-grams of a word between two spaces."""
+        if grams := self.grams.get(len(padded)):  # all at once, in half the time
+            return grams(padded)
+        windows = [slice(i, j) for i, j in self._windows(len(padded))]
+        if len(windows) > 1 and len(padded) <= LONGEST_WORD_REMEMBERED:
+            self.grams[len(padded)] = itemgetter(*windows)
+        return [padded[window] for window in windows]
 
-class FoldedModel:
-    """A pipeline of vectorizers and a logistic regression, folded."""
 
-    def __init__(
-        self,
-        vectorizers: list[FoldedVectorizer],
-        intercept: float,
-        fitted: list[BaseEstimator],
-        normalises: bool,
-    ):
-        """Put folded vectorizers together.
+class LinearModel:
+    """A logistic regression over vectorizers."""
+
+    def __init__(self, vectorizers: list[LinearVectorizer], intercept: float, normalises: bool):
+        """Put vectorizers together.
 
         Args:
             vectorizers: the parts whose log-odds add up.
             intercept: what is added to them.
-            fitted: the estimators that were folded, to notice when one of them changes.
             normalises: whether the text is normalised first.
         """
         self.normalises = normalises
@@ -225,19 +256,6 @@ class FoldedModel:
         self.wordwise = [vectorizer for vectorizer in vectorizers if vectorizer.is_wordwise]
         self.remembered_word = lru_cache(WORDS_REMEMBERED)(self._word)
         self.intercept = intercept
-        self.state = [(vars(estimator), vars(estimator).copy()) for estimator in fitted]
-        self.agrees = False
-
-    def is_current(self) -> bool:
-        """Tell whether no part of the pipeline was fitted again or given other parameters since.
-
-        A change inside an array or a list is not seen: scikit-learn itself makes new ones.
-        """
-        try:
-            # Attributes are compared by identity first, so this does not look into arrays that are the same.
-            return all([now == then for now, then in self.state])  # noqa: C419, a generator takes twice as long
-        except ValueError:  # two different arrays have no truth value
-            return False
 
     def propensity(self, text: str) -> float:
         """Return the probability of spam."""
@@ -280,106 +298,3 @@ class FoldedModel:
         for place, share in zip(origins(text, read), log_odds, strict=True):
             contributions[place] += share
         return contributions
-
-
-_folded_models: WeakKeyDictionary[Pipeline, FoldedModel] = WeakKeyDictionary()
-
-
-def find_folded(model: BaseEstimator) -> FoldedModel | None:
-    """Return the folded form of a model, made on first use, or None where there is none."""
-    if type(model) is not Pipeline:
-        return None
-    folded = _folded_models.get(model)
-    if folded is None or not folded.is_current():
-        folded = fold(model)
-        if folded is None:
-            _folded_models.pop(model, None)
-            return None
-        expected = model.predict_proba(list(PROBES))[:, 1]
-        given = [folded.propensity(text) for text in PROBES]
-        folded.agrees = np.allclose(given, expected, rtol=0, atol=1e-9)
-        _folded_models[model] = folded
-    return folded if folded.agrees else None
-
-
-def fold(model: Pipeline) -> FoldedModel | None:
-    """Fold a pipeline of vectorizers and a logistic regression; None for anything else."""
-    parts = [part for _, part in model.steps]
-    normalises = len(parts) == 3 and _is_normaliser(parts[0])
-    if len(parts) != 2 + normalises:
-        return None
-    features, classifier = parts[-2:]
-    if type(classifier) is not LogisticRegression:
-        return None
-    coefficients = getattr(classifier, "coef_", None)
-    if coefficients is None or issparse(coefficients) or np.shape(coefficients)[:1] != (1,):
-        return None
-    fitted, branches = [model, *parts], [(features, 1.0)]
-    if type(features) is FeatureUnion:
-        scale = features.transformer_weights or {}
-        branches = [(part, scale.get(name, 1.0)) for name, part in features.transformer_list if part != "drop"]
-    vectorizers, remaining = [], coefficients[0]
-    for vectorizer, weight in branches:
-        projection = None
-        if type(vectorizer) is Pipeline and len(vectorizer.steps) == 2:
-            fitted.append(vectorizer)
-            (_, vectorizer), (_, projected) = vectorizer.steps
-            fitted.append(projected)
-            if type(projected) is not FunctionTransformer or projected.func is not safe_sparse_dot:
-                return None
-            projection = projected.kw_args["b"]
-        if not can_fold(vectorizer):
-            return None
-        fitted.append(vectorizer)
-        if type(vectorizer) is TfidfVectorizer:
-            fitted.append(vectorizer._tfidf)
-        width = len(vectorizer.vocabulary_) if projection is None else projection.shape[1]
-        part, remaining = weight * remaining[:width], remaining[width:]
-        vectorizers.append(FoldedVectorizer(vectorizer, part if projection is None else projection @ part))
-    return FoldedModel(vectorizers, float(classifier.intercept_[0]), fitted, normalises)
-
-
-def _is_normaliser(step: BaseEstimator) -> bool:
-    """Tell whether a step of a pipeline is the one that normalises texts."""
-    return type(step) is FunctionTransformer and step.func is normalise_texts and not step.kw_args
-
-
-def can_fold(vectorizer: BaseEstimator) -> bool:
-    """Tell whether a vectorizer is fitted, and of a kind that FoldedVectorizer stands for."""
-    return (
-        type(vectorizer) in (CountVectorizer, TfidfVectorizer)
-        and hasattr(vectorizer, "vocabulary_")
-        and vectorizer.input == "content"
-        and vectorizer.analyzer in ("word", "char", "char_wb")
-        and (vectorizer.analyzer != "word" or isinstance(vectorizer.token_pattern, str))
-        and vectorizer.tokenizer is None
-        and vectorizer.dtype in (np.float64, np.int64)
-        and (type(vectorizer) is CountVectorizer or vectorizer._tfidf.norm in (None, "l2"))
-    )
-
-
-def is_wordwise(vectorizer: CountVectorizer) -> bool:
-    """Tell whether the terms of a text are those of its words, split at white space, one by one.
-
-    Pairs of neighbouring tokens count too: FoldedVectorizer.pairs sees to those of two words.
-    """
-    if vectorizer.preprocessor not in (None, plain):
-        return False
-    if vectorizer.strip_accents is not None:
-        return False
-    if vectorizer.analyzer == "word":
-        return (
-            tuple(vectorizer.ngram_range) in ((1, 1), (1, 2))
-            and vectorizer.token_pattern in WORDWISE_PATTERNS
-            and (vectorizer.ngram_range[1] == 1 or vectorizer.stop_words is None)
-        )
-    return vectorizer.analyzer == "char_wb"
-
-
-def _once(count: int) -> float:
-    return 1.0
-
-
-@lru_cache(1024)
-def _sublinear(count: int) -> float:
-    return 1 + math.log(count)

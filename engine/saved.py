@@ -1,28 +1,32 @@
-"""A saved model and its card: one loader, one writer.
+"""A saved model: a pipeline of scikit-learn's, the same model as weights, and the card that names both.
 
-The card lies beside the model's joblib file and says what it is: name, versions, thresholds, metrics, and
-the sha256 of the file. The checksum guards against mix-ups: a card of another run, a file cut short.
-It is no guard against an attacker: who can replace the model can replace the card, and a pickle can run any
-code when it is read. So load only models that you trust, as you would a program.
+`best_model.joblib` is the pipeline, a pickle. `best_model.weights.json.gz` beside it is plain data, for whoever only
+scores: see `engine/weights.py`; a pipeline that is no linear model has none. `best_model.json` is the card, which says
+what the model is: name, versions, thresholds, metrics, and the sha256 of each file.
+
+The checksums guard against mix-ups: a card of another run, a file cut short. They are no guard against an attacker: who
+can replace the model can replace the card, and a pickle can run any code when it is read. So load only pipelines that
+you trust, as you would a program.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any
-
-import joblib
-import numpy as np
-import sklearn
-from sklearn.base import BaseEstimator
+from typing import TYPE_CHECKING, Any
 
 from engine.files import write
+from engine.linear import LinearModel
+from engine.weights import LARGEST, read_weights, unpack, write_weights
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 MODEL_PATH = Path(__file__).resolve().parents[1] / "models" / "best_model.joblib"
+CARD, WEIGHTS = ".json", ".weights.json.gz"
 CARD_TYPES = {"name": str, "sha256": str, "threshold": Real, "operating_points": list, "versions": dict}
 
 
@@ -61,8 +65,8 @@ def load_card(path: str | Path = MODEL_PATH) -> dict[str, Any]:
     return card
 
 
-def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
-    """Load a saved model, after checking that it is the one its card describes.
+def load_model(path: str | Path = MODEL_PATH) -> "BaseEstimator":
+    """Load the pipeline of a saved model, after checking that it is the one its card describes.
 
     A pickle works only in the version of scikit-learn that wrote it, so that is checked too.
 
@@ -75,16 +79,16 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
     Raises:
         FileNotFoundError: the model or its card is missing.
         ValueError: the file is not the one of the card, is from another version of scikit-learn, or holds no model
-            that tells two classes of texts apart.
+            that tells two classes of texts apart; or scikit-learn is not installed.
     """
+    try:
+        import joblib
+        import sklearn
+    except ImportError:
+        raise ValueError(f"{path} takes scikit-learn, which is missing: run pip install -r requirements.txt") from None
     path = Path(path)
     card = load_card(path)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: train.ipynb writes it") from None
-    if hashlib.sha256(content).hexdigest() != card["sha256"]:
-        raise ValueError(f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both")
+    content = _read(path, card["sha256"])
     saved_with = card["versions"].get("scikit-learn")
     if saved_with != sklearn.__version__:
         raise ValueError(
@@ -101,39 +105,134 @@ def load_model(path: str | Path = MODEL_PATH) -> BaseEstimator:
     return model
 
 
-def save_model(model: BaseEstimator, card: dict[str, Any], path: str | Path, texts: list[str]) -> bool:
-    """Save a model and its card, each whole or not at all, unless they are there already.
+def load_scorer(path: str | Path = MODEL_PATH) -> "LinearModel | BaseEstimator":
+    """Load a saved model for scoring alone: its weights if it has any, or else its pipeline.
+
+    Args:
+        path: the model's joblib file, which need not be there if there are weights; the others lie beside it.
+
+    Returns:
+        What `score.score` takes.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not the one of the card, or holds no model; or the model has no weights, and `load_model`
+            raises it.
+    """
+    weights = load_card(path).get("weights")
+    if weights is None:
+        return load_model(path)
+    path = Path(path).with_suffix(WEIGHTS)
+    content = _read(path, weights["sha256"])
+    try:
+        return read_weights(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not hold the weights of a model, for {error}: run train.ipynb again, or restore it"
+        ) from None
+
+
+def list_files(path: str | Path = MODEL_PATH) -> list[Path]:
+    """Return the paths of all files of a saved model, given that of its joblib file."""
+    path = Path(path)
+    files = [path, path.with_suffix(CARD)]
+    return [*files, path.with_suffix(WEIGHTS)] if "weights" in load_card(path) else files
+
+
+def save_model(model: "BaseEstimator", card: dict[str, Any], path: str | Path, texts: list[str]) -> bool:
+    """Save a model as a pipeline, as weights if it is linear, and with its card, unless all is there already.
 
     Fitting is deterministic, but another processor may round the last bits. A model with the same card and
-    the same propensities is the same model and stays untouched.
+    the same propensities is the same model, and its pipeline stays untouched.
 
     Args:
         model: fitted estimator with `predict_proba`.
-        card: what describes it, without the checksum.
-        path: where the joblib file goes; the card goes beside it.
+        card: what describes it, without the checksums.
+        path: where the joblib file goes; the others go beside it.
         texts: messages whose propensities tell whether the saved model equals this one, to 1e-6.
 
     Returns:
         Whether anything was written.
     """
+    import joblib
+
     path = Path(path)
-    with contextlib.suppress(OSError, ValueError):  # none there, or a damaged one: it is replaced
-        if _identity(load_card(path)) == _identity(card) and np.allclose(
-            load_model(path).predict_proba(texts), model.predict_proba(texts), rtol=0, atol=1e-6
-        ):
-            return False
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    joblib.dump(model, temporary, compress=3)
-    card = {**card, "sha256": hashlib.sha256(temporary.read_bytes()).hexdigest()}
-    os.replace(temporary, path)
-    write(path.with_suffix(".json"), json.dumps(card, indent=2).encode() + b"\n")
+    saved = _find_saved(model, card, path, texts)
+    if saved is None:
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        joblib.dump(model, temporary, compress=3)
+        card = {**card, "sha256": _sha256(temporary.read_bytes())}
+        os.replace(temporary, path)
+    else:
+        model, card = saved, load_card(path)
+    weights = _weights_of(model)
+    if saved is not None and _has_weights(path, card, weights):
+        return False
+    card.pop("weights", None)
+    path.with_suffix(WEIGHTS).unlink(missing_ok=True)
+    if weights is not None:
+        write(path.with_suffix(WEIGHTS), weights)
+        card["weights"] = {"file": path.with_suffix(WEIGHTS).name, "sha256": _sha256(weights)}
+    write(path.with_suffix(CARD), json.dumps(card, indent=2).encode() + b"\n")
     return True
 
 
+def _find_saved(model: "BaseEstimator", card: dict[str, Any], path: Path, texts: list[str]) -> "BaseEstimator | None":
+    """Return the pipeline that is saved at a path if it is the same model."""
+    import numpy as np
+
+    with suppress(OSError, ValueError):  # none there, or a damaged one: it is replaced
+        if _identity(load_card(path)) == _identity(card):
+            saved = load_model(path)
+            if np.allclose(saved.predict_proba(texts), model.predict_proba(texts), rtol=0, atol=1e-6):
+                return saved
+    return None
+
+
+def _weights_of(model: "BaseEstimator") -> bytes | None:
+    """Return the weights of a pipeline as the content of a file, or None where it is no linear model of words."""
+    from engine.folding import find_folded
+
+    folded = find_folded(model)
+    return None if folded is None or folded.whole else write_weights(folded)
+
+
+def _has_weights(path: Path, card: dict[str, Any], weights: bytes | None) -> bool:
+    """Tell whether a saved model has these weights, though another machine may compress them otherwise."""
+    if weights is None or "weights" not in card:
+        return weights is None and "weights" not in card
+    with suppress(OSError, ValueError):
+        return unpack(_read(path.with_suffix(WEIGHTS), card["weights"]["sha256"])) == unpack(weights)
+    return False
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    """Return the content of a file that has a checksum.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it has another checksum, or is no file, or larger than any model.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train.ipynb writes it")
+    content = b""
+    if path.is_file() and path.stat().st_size <= LARGEST:  # not a pipe, in which nothing may come for ever
+        content = path.read_bytes()
+    if _sha256(content) != sha256:
+        raise ValueError(f"{path} does not have the sha256 of its card: run train.ipynb again, or restore both")
+    return content
+
+
+def _sha256(content: bytes) -> str:
+    """Return the checksum of a file's content."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def _identity(card: dict[str, Any]) -> dict[str, Any]:
-    """Return what two cards of the same model share: all but the checksum and the other versions."""
-    return {**card, "sha256": None, "versions": card.get("versions", {}).get("scikit-learn")}
+    """Return what two cards of the same model share: all but the checksums and the other versions."""
+    versions = card.get("versions", {}).get("scikit-learn")
+    return {**card, "sha256": None, "weights": None, "versions": versions}
 
 
 def _is_card(card: Any) -> bool:
@@ -143,6 +242,6 @@ def _is_card(card: Any) -> bool:
     try:
         for point in [card, *card["operating_points"]]:
             check_threshold(point["threshold"])
+        return "weights" not in card or isinstance(card["weights"]["sha256"], str)
     except (KeyError, TypeError, ValueError):
         return False
-    return True

@@ -1,15 +1,17 @@
 """The production server: one port, and as many processes as there are cores."""
 
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import joblib
 from granian import Granian
 from granian.constants import Interfaces
 from granian.log import LogLevels
@@ -34,7 +36,7 @@ def serve(load: Callable[[], Any]) -> None:
         signal.signal(early, lambda *_: sys.exit())
     host = os.environ.get("HOST") or "127.0.0.1"
     try:
-        port, workers = read_environment("PORT", 5000), read_environment("WORKERS", joblib.cpu_count())
+        port, workers = read_environment("PORT", 5000), read_environment("WORKERS", count_cores())
         if not LINUX:
             serve_alone(load, host, port)
             return
@@ -54,6 +56,15 @@ def serve_alone(load: Callable[[], Any], host: str, port: int) -> None:
     print(f"Serving on http://{host}:{port} without supervision, which takes Linux; Ctrl-C to stop", flush=True)
     options = {"blocking_threads": THREADS, "workers_kill_timeout": DRAIN, "log_level": LogLevels.error}
     Granian("app", host, port, interface=Interfaces.WSGI, **options).serve(target_loader=load, wrap_loader=False)
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use: those it is bound to, within the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()
+    with suppress(OSError, ValueError):  # no control group of version 2, or one without a quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
 
 
 def read_switch(name: str) -> bool:

@@ -42,7 +42,7 @@ def add_version(path: Path, card: dict[str, Any], parameters: dict[str, Any]) ->
             load_model(path),
             name="model",
             serialization_format="cloudpickle",
-            pip_requirements=[f"-r {store.ROOT / 'requirements-serve.txt'}"],
+            pip_requirements=[f"-r {store.ROOT / 'requirements.txt'}"],
             code_paths=[str(store.ROOT / "engine")],
             pyfunc_predict_fn="predict_proba",
             registered_model_name=NAME,

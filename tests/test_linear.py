@@ -1,4 +1,4 @@
-"""Tests of engine/linear.py: what is folded, and that it scores and explains as scikit-learn does."""
+"""Tests of engine/linear.py and folding.py: what is folded, and that it scores and explains as scikit-learn does."""
 
 import re
 from functools import partial
@@ -19,7 +19,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 from sklearn.utils.extmath import safe_sparse_dot
 
-from engine import linear
+from engine import folding, linear
 from engine.text import normalise, normalise_texts, origins, plain
 from score import explain, load_model, score, score_batch
 
@@ -143,7 +143,7 @@ def assert_explained(model: BaseEstimator, texts: list[str]) -> None:
 
 def test_saved_model_takes_the_fastest_way(model):
     """Its patterns, which train.ipynb writes, are among those that make a vectorizer wordwise."""
-    folded = linear.find_folded(model)
+    folded = folding.find_folded(model)
     assert folded.wordwise
     assert not folded.whole
 
@@ -242,10 +242,10 @@ def test_a_model_that_cannot_be_folded_any_more():
 def test_a_model_is_not_kept_alive():
     model = fit(TfidfVectorizer())
     score(TEXTS[0], model, 0.5)
-    assert model in linear._folded_models
-    kept = len(linear._folded_models)
+    assert model in folding._folded_models
+    kept = len(folding._folded_models)
     del model
-    assert len(linear._folded_models) == kept - 1
+    assert len(folding._folded_models) == kept - 1
 
 
 @pytest.mark.parametrize("text", [None, 5, b"free"])
@@ -263,7 +263,7 @@ def test_explanation_is_placed_where_lower_case_is_longer(vectorizer):
 
 def test_one_long_word_does_not_switch_the_memory_off():
     model = fit(TfidfVectorizer(token_pattern=r"(?u)\b\w+\b"))
-    remembered = linear.find_folded(model).remembered_word
+    remembered = folding.find_folded(model).remembered_word
     score("a message with http://" + "x" * 40, model, 0.5)
     before = remembered.cache_info()
     score("a message with http://" + "y" * 40, model, 0.5)
@@ -273,7 +273,7 @@ def test_one_long_word_does_not_switch_the_memory_off():
 
 def test_a_fold_that_gives_something_else_is_not_used(monkeypatch):
     model = fit(TfidfVectorizer())
-    monkeypatch.setattr(linear.FoldedVectorizer, "log_odds", lambda *_: 0.1)
+    monkeypatch.setattr(linear.LinearVectorizer, "log_odds", lambda *_: 0.1)
     assert explain(TEXTS[0], model) is None
     assert_equal_to_sklearn(model, TEXTS)
 
