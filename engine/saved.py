@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -132,11 +133,11 @@ def load_scorer(path: str | Path = MODEL_PATH) -> "LinearModel | BaseEstimator":
         ) from None
 
 
-def list_files(path: str | Path = MODEL_PATH) -> list[Path]:
-    """Return the paths of all files of a saved model, given that of its joblib file."""
-    path = Path(path)
-    files = [path, path.with_suffix(CARD)]
-    return [*files, path.with_suffix(WEIGHTS)] if "weights" in load_card(path) else files
+def copy_files(source: Path, target: Path) -> None:
+    """Copy all files of a saved model, given the paths of its joblib file there and here."""
+    for suffix in (source.suffix, CARD, WEIGHTS):
+        if suffix != WEIGHTS or "weights" in load_card(source):
+            shutil.copy2(source.with_suffix(suffix), target.with_suffix(suffix))
 
 
 def save_model(model: "BaseEstimator", card: dict[str, Any], path: str | Path, texts: list[str]) -> bool:

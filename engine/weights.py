@@ -13,7 +13,7 @@ import orjson
 
 from engine.linear import FREQUENCIES, WORDWISE_PATTERNS, WORDWISE_PREPROCESSING, LinearModel, LinearVectorizer
 
-LARGEST = 2**24  # bytes, before and after decompression; the file of train.ipynb has 3 million
+LARGEST = 2**23  # bytes, before and after decompression; what train.ipynb writes has 3 million
 LARGEST_NUMBER = 1e9  # and its reciprocal the smallest square: whatever is summed up stays finite
 MOST_VECTORIZERS = 8
 LONGEST_NGRAM = 16

@@ -10,7 +10,7 @@ from engine.fields import LONGEST_TEXT
 from engine.saved import MODEL_PATH
 from operations.spool import LONGEST_ADDRESS, LONGEST_NAME
 from operations.store import STATE
-from score import load_card, load_model, score, score_batch
+from score import load_card, load_scorer, score, score_batch
 
 NEEDED = ("id", "text")
 LONGEST = {"id": LONGEST_ADDRESS, "sender": LONGEST_ADDRESS, "recipient": LONGEST_ADDRESS}
@@ -81,6 +81,6 @@ def load_decider(params: dict[str, Any]) -> Decider:
     """
     promoted = STATE / "models" / "serving" / MODEL_PATH.name
     path = promoted.resolve() if promoted.exists() else MODEL_PATH  # the link may change meanwhile
-    model, card = load_model(path), load_card(path)
+    model, card = load_scorer(path), load_card(path)
     score("", model, card["threshold"])  # the first score takes longer
     return Decider(model, card, params)

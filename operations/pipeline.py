@@ -22,7 +22,7 @@ import pandas as pd
 import sqlalchemy as sa
 import yaml
 
-from engine.saved import MODEL_PATH, load_card
+from engine.saved import MODEL_PATH, copy_files, load_card
 from operations import batch, store
 from operations.evaluation import evaluate_window
 from operations.jobs import find_waiting, run_job
@@ -171,8 +171,7 @@ def train(engine: sa.Engine, arguments: dict[str, Any], report: Report) -> dict[
         run_notebook(clone, "prepare.ipynb", report, 0, 0.3, commit=False, **parameters)
         used = int((pd.read_csv(clone / "data/train.csv", keep_default_na=False)["kind"] == "feedback").sum())
         path = clone / "models" / MODEL_PATH.name
-        for file in (serving, serving.with_suffix(".json")):  # it stays as it is if the new one equals it
-            shutil.copy2(file, path.with_suffix(file.suffix))
+        copy_files(serving, path)  # it stays as it is if the new one equals it
         run_notebook(clone, "train.ipynb", report, 0.3, 0.6, with_transformer=False)
         counts = {"used": used, "left_out": len(feedback) - used, "without_text": without_text}
         report(0.9, "Keeping the model")

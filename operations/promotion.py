@@ -21,7 +21,7 @@ import sqlalchemy as sa
 import yaml
 from sqlalchemy.exc import DBAPIError
 
-from engine.saved import MODEL_PATH, load_card, load_model
+from engine.saved import MODEL_PATH, copy_files, load_card, load_model, load_scorer
 from operations import store
 from operations.registry import mark_serving
 from operations.store import count_shadow, models, now, reader, register
@@ -40,16 +40,16 @@ def model_path(sha256: str) -> Path:
 
 
 def keep(path: Path) -> dict[str, Any]:
-    """Copy a saved model and its card to a folder of their own, unless they lie there, and return the card."""
+    """Copy the files of a saved model to a folder of their own, unless they lie there, and return the card."""
     card = load_card(path)
     folder = model_path(card["sha256"]).parent
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new-"))
         try:
-            for file in (path, path.with_suffix(".json")):
-                shutil.copy2(file, temporary / f"{MODEL_PATH.stem}{file.suffix}")
-            load_model(temporary / MODEL_PATH.name)  # or it would be refused when it is to serve
+            copy_files(path, temporary / MODEL_PATH.name)
+            load_model(temporary / MODEL_PATH.name)  # or it would be refused later
+            load_scorer(temporary / MODEL_PATH.name)
             temporary.chmod(0o755)
             with suppress(FileExistsError):  # another job was faster
                 temporary.rename(folder)
@@ -152,7 +152,7 @@ def _replace(
     Returns:
         "model", "before" (their numbers), "sha256" and "reloaded", whether a service was running.
     """
-    load_model(model_path(new.sha256))
+    load_scorer(model_path(new.sha256))
     _switch(engine, old, new, of_old, of_new)
     try:
         reloaded = reload_service(new.sha256)

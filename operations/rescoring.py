@@ -5,7 +5,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from engine.saved import load_card, load_model
+from engine.saved import load_card, load_scorer
 from operations.promotion import find_candidate, find_model, model_path
 from operations.store import day_tables, days, hold_day, reader, upsert
 from score import score_batch
@@ -31,7 +31,7 @@ def rescore(engine: sa.Engine, arguments: dict[str, Any], report: Callable[[floa
     if model is None:
         raise ValueError("there is no candidate to score by: train one, or give the number of a model")
     path = model_path(model.sha256)
-    estimator, threshold = load_model(path), load_card(path)["threshold"]
+    estimator, threshold = load_scorer(path), load_card(path)["threshold"]
     with reader(engine).connect() as connection:
         open_days = connection.scalars(sa.select(days.c.day).order_by("day")).all()
     found, scored, spam = False, 0, 0

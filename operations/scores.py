@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from sklearn.base import BaseEstimator
 
 from engine.fields import LONGEST_TEXT
-from engine.saved import MODEL_PATH, load_card, load_model
+from engine.saved import MODEL_PATH, load_card, load_scorer
 from operations.archive import MANIFEST
 from operations.parts import ROWS, Part, Source, find_sources, read
 from operations.store import ROOT, locked
@@ -142,7 +142,7 @@ def _is_id(value: Any) -> bool:
 def _load(run: Run) -> BaseEstimator:
     """Return the model of a run, which each worker's machine must have."""
     path = ROOT / run.model
-    model = load_model(path)
+    model = load_scorer(path)
     if load_card(path)["sha256"] != run.sha256:
         raise ValueError(f"{path} on {socket.gethostname()} is not the model of this run: copy that one there")
     return model

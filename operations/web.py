@@ -26,7 +26,7 @@ from operations.routes import make_routes
 from operations.schemas import Problem
 from operations.spool import Recorder
 from operations.store import ROOT, STATE, check_version, lock, open_store
-from score import load_card, load_model
+from score import load_card, load_scorer
 
 PATIENCE = 3  # seconds that a request waits for the store, less than for its turn
 PID = STATE / "server.pid"
@@ -102,7 +102,7 @@ def load() -> Flask:
     engine.dispose()  # a worker must not share a connection with others
     if problem:
         print(f"The store does not answer, but messages are scored: {problem}", file=sys.stderr, flush=True)
-    model, card = load_model(path), load_card(path)
+    model, card = load_scorer(path), load_card(path)
     recorder = Recorder(card, params, STATE / "spool", key.encode(), shadow)
     return create_operations_app(engine, model, card, recorder, token)
 
@@ -114,7 +114,7 @@ def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator, dict[str, Any]] | 
         return None
     path = model_path(candidate.sha256)
     try:
-        return load_model(path), load_card(path)
+        return load_scorer(path), load_card(path)
     except (OSError, ValueError) as error:
         print(f"The candidate does not score on the side: {error}", file=sys.stderr, flush=True)
         return None

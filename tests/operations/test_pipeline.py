@@ -252,7 +252,7 @@ def test_of_two_promotions_at_once_one_wins(state, store, candidate, monkeypatch
     numbers, both_compared, load = (
         [candidate(20), candidate(30)],
         threading.Barrier(2, timeout=30),
-        promotion.load_model,
+        promotion.load_scorer,
     )
 
     def load_and_wait(path):
@@ -265,7 +265,7 @@ def test_of_two_promotions_at_once_one_wins(state, store, candidate, monkeypatch
         except ValueError as error:
             return str(error)
 
-    monkeypatch.setattr(promotion, "load_model", load_and_wait)
+    monkeypatch.setattr(promotion, "load_scorer", load_and_wait)
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(attempt, numbers))
     [winner] = set(results) & set(numbers)
