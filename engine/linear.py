@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -51,6 +51,11 @@ def _sublinear(count: int) -> float:
 
 
 FREQUENCIES: dict[str, Callable[[int], float]] = {"count": float, "once": _once, "sublinear": _sublinear}
+
+
+def _pairs(firsts: Sequence[str], followers: Sequence[Mapping[str, int]]) -> list[int]:
+    """Return the terms that neighbours make, given the first token of each and what makes pairs with its last."""
+    return [after[first] for after, first in zip(followers, firsts[1:], strict=False) if first in after]
 
 
 class LinearVectorizer:
@@ -130,27 +135,26 @@ class LinearVectorizer:
     def known_terms_of_word(self, word: str) -> tuple[Any, ...]:
         """Return what `known_terms` does, and the word's first token and what makes pairs with its last.
 
-        For a vectorizer that is wordwise. The last part is None where pairs are no terms, or the word has no token.
+        For a vectorizer that is wordwise. The last two are None where pairs are no terms, or the word has no token.
         """
         get, document = self.index.get, self.preprocess(word)
         if self.analyzer == "char_wb":
-            return *self._sums(filter(None, map(get, self._grams(f" {document} ")))), None
+            return *self._sums(filter(None, map(get, self._grams(f" {document} ")))), None, None
         tokens = self.token.findall(document)
         terms = filter(None, map(get, tokens))
         if not self.pairs or not tokens:
-            return *self._sums(terms), None
-        ends = tokens[0], self.pairs.get(tokens[-1], NOTHING)
-        if len(tokens) > 1:
-            terms = chain(terms, self._pairs((token, self.pairs.get(token, NOTHING)) for token in tokens))
-        return *self._sums(terms), ends
+            return *self._sums(terms), None, None
+        followers = [self.pairs.get(token, NOTHING) for token in tokens]
+        return *self._sums(chain(terms, _pairs(tokens, followers))), tokens[0], followers[-1]
 
-    def known_pairs(self, ends: Sequence[tuple[str, Mapping[str, int]] | None]) -> tuple[Sequence[int], float, float]:
-        """Return the pairs across words that are terms, given the ends of each word."""
-        return self._sums(self._pairs(filter(None, ends)))
-
-    def _pairs(self, ends: Iterator[tuple[str, Mapping[str, int]]]) -> list[int]:
-        """Return the terms that neighbours make, given a token and what makes pairs with it of each."""
-        return [followers[token] for (_, followers), (token, _) in pairwise(ends) if token in followers]
+    def known_pairs(
+        self, firsts: Sequence[str | None], followers: Sequence[Mapping[str, int] | None]
+    ) -> tuple[Sequence[int], float, float]:
+        """Return the pairs across words that are terms, given the last two parts of `known_terms_of_word`."""
+        if None in firsts:
+            firsts = [first for first in firsts if first is not None]
+            followers = [of_last for of_last in followers if of_last is not None]
+        return self._sums(_pairs(firsts, followers))
 
     def _sums(self, terms: Iterator[int]) -> tuple[Sequence[int], float, float]:
         """Return terms with their sums of weights and of squares."""
@@ -276,9 +280,9 @@ class LinearModel:
             )
             for vectorizer in self.wordwise:
                 terms = list(chain.from_iterable(next(columns)))
-                dot, square, ends = sum(next(columns)), sum(next(columns)), next(columns)
+                dot, square, firsts, followers = sum(next(columns)), sum(next(columns)), next(columns), next(columns)
                 if vectorizer.pairs:
-                    pairs, dot_of_pairs, square_of_pairs = vectorizer.known_pairs(ends)
+                    pairs, dot_of_pairs, square_of_pairs = vectorizer.known_pairs(firsts, followers)
                     terms += pairs
                     dot, square = dot + dot_of_pairs, square + square_of_pairs
                 log_odds += vectorizer.log_odds(terms, dot, square)
