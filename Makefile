@@ -85,6 +85,7 @@ transfer: .venv/requirements-transfer.txt | build  ## fine-tune on photos and tw
 
 bench: build/bench/requirements.txt .venv/requirements-operations.txt  ## measure the service against others under load
 	build/bench/bin/python -m benchmarks.bench
+	build/bench/bin/python -m benchmarks.starting
 	build/bench/bin/python -m benchmarks.storing
 	build/bench/bin/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.nightly

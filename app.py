@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, abort
 
-from engine.answers import HEADERS, prepare_answers
+from engine.answers import HEADERS, prepare_answers, respond
 from engine.fields import LARGEST_BATCH_BODY, SMALL_BODY, parse_fields, parse_json, read_batch, read_body, read_message
 from engine.linear import LinearModel
 from engine.metrics import CountRequests, Metrics
@@ -92,15 +92,15 @@ def create_app(
         return Response("".join(JSONEncoder().iterencode(answer)), mimetype="application/json")
 
     @app.post("/score")
-    def score_one() -> dict[str, Any]:
+    def score_one() -> Response:
         body = read_body()
         if len(body) <= SMALL_BODY:
-            return score_text(parse_fields(body))
-        return heavy.run(lambda: score_text(parse_fields(body)))
+            return respond(score_text(parse_fields(body)))
+        return respond(heavy.run(lambda: score_text(parse_fields(body))))
 
     @app.post("/score/batch")
-    def score_many() -> dict[str, Any]:
-        return heavy.run(score_texts, read_body(LARGEST_BATCH_BODY))
+    def score_many() -> Response:
+        return respond(heavy.run(score_texts, read_body(LARGEST_BATCH_BODY)))
 
     @app.post("/explain")
     def explain_one() -> Response:

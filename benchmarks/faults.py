@@ -20,16 +20,13 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bench import ROOT, Service, end, free_port, running
-from benchmarks.floods import FLOODS, HOST, PATIENCE, Target, Watch, Watched, ask, flooded, request
+from benchmarks.bench import ROOT, Service, end, running
+from benchmarks.floods import FLOODS, PATIENCE, Target, Watch, Watched, ask, flooded, request
 from benchmarks.proxy import find_nginx, proxied
 
 GOES_ON = 20  # seconds, in which the service must be what it was before
 FLOOD_SECONDS = 8
 HEALTH = request("/health", b"", method="GET", type="")
-# A memory file system for the service alone, so that filling it does no harm to the machine.
-SMALL = 'mount -t tmpfs -o size={size} tmpfs /dev/shm && {then} exec env WORKERS=2 "{{python}}" app.py'
-
 Row = tuple[str, str, bool]  # the fault, what was seen, and whether that is what is wanted
 
 
@@ -38,20 +35,9 @@ def served(folder: Path, *command: str) -> Iterator[tuple[Target, int, Path]]:
     """Run the service with two workers, and yield it, the process id of its parent and its log."""
     command = command or ("env", "WORKERS=2", "{python}", "app.py")
     service = Service("the service", command, "/score", lambda text: {"text": text})
-    process_id = None
-    try:
-        with running(service, "see you at 6", None, folder) as (url, process_id):
-            target = Target.of(url, process_id)
-            yield target, process_id, folder / f"{target.port}.log"
-    finally:
-        for left in metric_folders(process_id):
-            shutil.rmtree(left)
-
-
-def metric_folders(process_id: int | None) -> list[Path]:
-    """Return the folders that a server counts into."""
-    places = {Path("/dev/shm"), Path(tempfile.gettempdir())}
-    return [folder for place in places for folder in place.glob(f"spam-metrics-{process_id}-*")]
+    with running(service, "see you at 6", None, folder) as (url, process_id):
+        target = Target.of(url, process_id)
+        yield target, process_id, folder / f"{target.port}.log"
 
 
 def children(process_id: int) -> list[psutil.Process]:
@@ -99,8 +85,6 @@ def started(port: int, log: Path, *command: str) -> Iterator[subprocess.Popen]:
         yield process
     finally:
         end(process)
-        for left in metric_folders(process.pid):
-            shutil.rmtree(left)
 
 
 def kill_parent(folder: Path) -> Row:
@@ -114,9 +98,7 @@ def kill_parent(folder: Path) -> Row:
             wait(lambda: second.poll() is not None or "Serving" in log.read_text(encoding="utf-8"))
             serves = second.poll() is None and wait(lambda: answers(target))
             told = "a new server answers" if serves else f"a new server: `{last_line(log)}`"
-            folders = len(metric_folders(process_id))
-    seen = f"{len(left)} of {len(workers)} workers left, and {'its' if folders else 'no'} folder of counts; {told}"
-    return "the parent is killed", seen, bool(serves and not left and not folders)
+    return "the parent is killed", f"{len(left)} of {len(workers)} workers left; {told}", bool(serves and not left)
 
 
 def kill_workers(folder: Path) -> Row:
@@ -133,40 +115,6 @@ def kill_workers(folder: Path) -> Row:
         told = "goes on" if went_on else f"the service ended: `{last_line(log)}`"
     what = f"a worker is killed, and its successor {seconds:.1f} s later" if successors else "a worker is killed"
     return what, f"{watch.seen}; {told}", went_on and goes_on(watch.seen)
-
-
-def fill_counts(folder: Path) -> Row:
-    """Fill the file system that the service counts into while it serves, and kill a worker."""
-    what = "the folder of counts is full, and a worker is killed"
-    with served(folder, "unshare", "-rm", "sh", "-c", SMALL.format(size="8m", then="")) as (target, process_id, log):
-        with suppress(OSError), Path(f"/proc/{process_id}/root/dev/shm/filler").open("wb", buffering=0) as filler:
-            for _ in range(10_000):
-                filler.write(b"x" * 4096)
-        with Watch(target) as watch:
-            children(process_id)[0].kill()
-            for status in range(20):  # paths that were not counted yet, whose counts need space
-                answers(target, request(("/explain", "/score/batch", "/docs", "/x")[status % 4], b"{"))
-            time.sleep(5)
-        went_on = bool(children(process_id)) and answers(target)
-        told = f"{'goes on' if went_on else 'the service ended'}: `{last_line(log)}`"
-    return what, f"{watch.seen}; {told}", went_on and goes_on(watch.seen)
-
-
-def start_full(folder: Path) -> Row:
-    """Start the service where it finds no space to count."""
-    command = SMALL.format(size="4k", then="head -c 4096 /dev/zero > /dev/shm/filler;").format(python=sys.executable)
-    log, port = folder / "full.log", free_port()
-
-    def listening(process_id: int) -> Target | None:
-        with suppress(ValueError, psutil.NoSuchProcess):
-            return Target.of(f"http://{HOST}:{port}", process_id)
-
-    with started(port, log, "unshare", "-rm", "sh", "-c", command) as process:
-        target = wait(lambda: process.poll() is not None or listening(process.pid))
-        serves = isinstance(target, Target) and wait(lambda: answers(target), 5)
-    ended = signal.Signals(-process.returncode).name if process.returncode < 0 else process.returncode
-    told = f"serves: `{last_line(log)}`" if serves else f"ends with {ended}: `{last_line(log)}`"
-    return "it starts with a full folder of counts", told, serves or "Cannot serve" in last_line(log)
 
 
 def make_slow_text(rng: random.Random) -> str:
@@ -244,7 +192,8 @@ def reload_model(folder: Path, good: bool) -> Row:
         with Watch(target) as watch:
             begun, said = time.monotonic(), len(log.read_text(encoding="utf-8"))
             changed = card_path.with_suffix(".new")
-            changed.write_text(json.dumps({**card, "name": "another", **({} if good else {"sha256": "0" * 64})}))
+            weights = card["weights"] if good else {**card["weights"], "sha256": "0" * 64}
+            changed.write_text(json.dumps({**card, "name": "another", "weights": weights}))
             changed.replace(card_path)
             os.kill(process_id, signal.SIGHUP)
             if good:
@@ -286,10 +235,9 @@ def send_batches(folder: Path) -> Row:
 
 
 FAULTS = (
-    *(kill_parent, kill_workers, fill_counts, start_full, end_with_batches, stop_worker),
+    *(kill_parent, kill_workers, end_with_batches, stop_worker),
     *(partial(reload_model, good=True), partial(reload_model, good=False), send_batches),
 )
-IN_NAMESPACE = (fill_counts, start_full)  # which a machine may not allow
 FLOODS_TO_TRY = (("idle", 1100), ("stalled", 512), ("never reading", 1100))
 
 

@@ -1,9 +1,11 @@
 """What all answers have in common: their headers, and what they say when something is wrong."""
 
+from typing import Any
+
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from engine.shortcut import FAILURE
+from engine.shortcut import FAILURE, dump
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -11,6 +13,11 @@ HEADERS = {
     "Server": "",  # or the server would write its name
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def respond(answer: Any) -> Response:
+    """Return the response that holds an answer as JSON, by a faster library than Flask's."""
+    return Response(dump(answer), mimetype="application/json")
 
 
 def prepare_answers(app: Flask) -> None:

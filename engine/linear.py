@@ -17,7 +17,7 @@ writes it to a file and reads it.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -97,7 +97,8 @@ class LinearVectorizer:
         """
         # From 1, so that what is no term can be filtered out as false.
         self.index = {term: i for i, term in enumerate(terms, 1)}
-        self.weight, self.square = [0.0, *weights], [0.0, *squares]
+        same: dict[float, float] = {}  # few squares differ, so few numbers have to be kept
+        self.weight, self.square = [0.0, *weights], [0.0, *(same.setdefault(square, square) for square in squares)]
         self.analyzer, self.preprocess, self.frequency, self.normalises = analyzer, preprocess, frequency, normalises
         self.min_n, self.max_n = ngrams
         self.token = re.compile(pattern) if analyzer == "word" else None
@@ -141,11 +142,12 @@ class LinearVectorizer:
         if self.analyzer == "char_wb":
             return *self._sums(filter(None, map(get, self._grams(f" {document} ")))), None, None
         tokens = self.token.findall(document)
-        terms = filter(None, map(get, tokens))
+        terms = list(filter(None, map(get, tokens)))
         if not self.pairs or not tokens:
             return *self._sums(terms), None, None
-        followers = [self.pairs.get(token, NOTHING) for token in tokens]
-        return *self._sums(chain(terms, _pairs(tokens, followers))), tokens[0], followers[-1]
+        if len(tokens) > 1:
+            terms += _pairs(tokens, [self.pairs.get(token, NOTHING) for token in tokens])
+        return *self._sums(terms), tokens[0], self.pairs.get(tokens[-1], NOTHING)
 
     def known_pairs(
         self, firsts: Sequence[str | None], followers: Sequence[Mapping[str, int] | None]
@@ -156,7 +158,7 @@ class LinearVectorizer:
             followers = [of_last for of_last in followers if of_last is not None]
         return self._sums(_pairs(firsts, followers))
 
-    def _sums(self, terms: Iterator[int]) -> tuple[Sequence[int], float, float]:
+    def _sums(self, terms: Iterable[int]) -> tuple[Sequence[int], float, float]:
         """Return terms with their sums of weights and of squares."""
         terms = tuple(terms)
         if not terms:  # as in most words of most vectorizers
@@ -290,7 +292,10 @@ class LinearModel:
 
     def _word(self, word: str) -> tuple[Any, ...]:
         """Return the known terms, sums and ends of a word, of one vectorizer after another."""
-        return tuple(chain.from_iterable(vectorizer.known_terms_of_word(word) for vectorizer in self.wordwise))
+        known = []
+        for vectorizer in self.wordwise:
+            known += vectorizer.known_terms_of_word(word)
+        return tuple(known)
 
     def contributions(self, text: str) -> list[float]:
         """Return what each character adds to the log-odds."""

@@ -1,173 +1,139 @@
-"""What the service counts, in the form that Prometheus reads."""
+"""What the service counts, in the form that Prometheus reads.
 
-import os
-import shutil
-import sys
-import tempfile
+Each process counts in a row of numbers of its own, in memory that all of them share; whoever is asked for the counts
+adds the rows up. So a request costs a few additions, and nothing is lost with a process that dies.
+"""
+
+import mmap
+import threading
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from pathlib import Path
+from http import HTTPStatus
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
-SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-FOLDER = "spam-metrics-"  # in /dev/shm; then the process id of the server, and something random
-SIZES = {"counter": 1 << 19, "histogram": 1 << 17}  # bytes of files, more than all that can be counted takes
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+PROPENSITIES = tuple(tenth / 10 for tenth in range(1, 11))
+PREDICTIONS = ("ham", "spam")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other")
+STATUSES = (*(str(status.value) for status in HTTPStatus), "other")
 
-_process = "parent"  # whose files this process counts into
-_stopped = False
+_rows = 1  # of all processes that count together
+_row = -1  # that of this process; the last is the parent's
 
 
-@contextmanager
-def count_together(processes: int) -> Iterator[None]:
-    """Let this process and those it forks count into files of one folder, so that each can answer with the sum.
-
-    The folder lies in memory, in /dev/shm where that can be; PROMETHEUS_MULTIPROC_DIR in the environment names
-    another place. It goes at the end, and those of servers that were killed go at the beginning. Where it cannot be
-    made or filled, nothing is counted, and one line says so.
+def count_together(processes: int) -> None:
+    """Let this process and those it forks count together.
 
     Args:
         processes: how many others there will be at a time; each calls `count_as`.
     """
-    # Each request counts, and the other folders of a container may be read-only.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-    place = os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None) or memory
-    with ExitStack() as stack:
-        try:
-            _sweep(Path(place))
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", dir=place))
-            stack.callback(os.close, _lock(folder))
-            for process in (_process, *range(processes)):
-                _reserve(folder, process)
-        except OSError as error:
-            stack.close()
-            _stop(error)
-        else:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-            from prometheus_client import values
-
-            # By place, not by process id: who takes the place of another goes on with its counts.
-            values.ValueClass = values.MultiProcessValue(lambda: _process)
-        yield
+    global _rows
+    _rows = processes + 1
 
 
 def count_as(process: int) -> None:
-    """Count into the files of a process, by its number, from now on; or, where that cannot be, not at all."""
-    global _process
-    _process = process
-    if not _stopped:
-        try:
-            _reserve(os.environ["PROMETHEUS_MULTIPROC_DIR"], process)
-        except OSError as error:
-            _stop(error)
+    """Count in the row of a process, by its number, from now on: who takes the place of another goes on with it."""
+    global _row
+    _row = process
 
 
-def _reserve(folder: str, process: int | str) -> None:
-    """Take the space for the counts of a process: to write to a file without it would be the end of the process.
-
-    Raises:
-        OSError: there is none.
-    """
-    for kind, size in SIZES.items():
-        with open(Path(folder, f"{kind}_{process}.db"), "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-
-
-def _stop(error: OSError) -> None:
-    """Stop counting, with one line that says why."""
-    global _stopped
-    _stopped = True
-    print(f"Nothing is counted for /metrics, only scored: {error}", file=sys.stderr, flush=True)
-
-
-def _lock(folder: str | Path) -> int:
-    """Lock a folder for this process and those it forks, until it closes the file descriptor that is returned.
-
-    Raises:
-        OSError: another has it.
-    """
-    import fcntl  # not on Windows, where this module is imported too
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sweep(place: Path) -> None:
-    """Remove the folders of servers that were killed: nobody has them locked."""
-    for folder in place.glob(f"{FOLDER}*"):
-        with suppress(OSError):
-            os.close(_lock(folder))
-            shutil.rmtree(folder)
+@cache
+def _share(rows: int, width: int) -> memoryview:
+    """Return memory that this process shares with those it forks: an application that is loaded later goes on in it."""
+    return memoryview(mmap.mmap(-1, rows * width * 8)).cast("d")
 
 
 class Metrics:
     """Counts of requests, predictions and propensities, of this process or those that count together."""
 
     def __init__(self, card: dict[str, Any]):
-        """Start counting for the model of a card, which has a `name` and a `sha256`."""
-        # Imported here, because the library looks for the folder when it is imported.
-        from prometheus_client import CollectorRegistry, Counter, Histogram
+        """Prepare to count for the model of a card, which has a `name` and a `sha256`."""
+        self.card, self.lock = card, threading.Lock()
+        self.methods = {method: i for i, method in enumerate(METHODS)}
+        self.statuses = {status: i for i, status in enumerate(STATUSES)}
+        self.begin(())
 
-        self.card, self.registry = card, CollectorRegistry()
-        requests = Counter("http_requests", "Requests answered.", ("method", "path", "status"), registry=self.registry)
-        seconds = Histogram(
-            "http_request_duration_seconds",
-            "Time to answer a request.",
-            ("path",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        predictions = Counter(
-            "spam_predictions", "Texts scored, by prediction.", ("prediction",), registry=self.registry
-        )
-        self.predictions = {True: predictions.labels("spam"), False: predictions.labels("ham")}
-        self.propensity = Histogram(
-            "spam_propensity",
-            "Propensities of the texts scored.",
-            buckets=[tenth / 10 for tenth in range(1, 11)],
-            registry=self.registry,
-        )
-        self.requests = cache(requests.labels)
-        self.seconds = cache(seconds.labels)
+    def begin(self, paths: Collection[str]) -> None:
+        """Begin to count, from nothing unless others count together, requests to each of `paths`."""
+        self.paths = {path: i for i, path in enumerate([*sorted(paths), "other"])}
+        # Where in a row they begin: requests, their seconds, predictions, propensities.
+        self.seconds = len(self.paths) * len(METHODS) * len(STATUSES)
+        self.predictions = self.seconds + len(self.paths) * (len(SECONDS) + 2)
+        self.propensities = self.predictions + len(PREDICTIONS)
+        self.width, self.rows = self.propensities + len(PROPENSITIES) + 2, _rows
+        alone = _rows == 1
+        self.counts = memoryview(bytearray(self.width * 8)).cast("d") if alone else _share(_rows, self.width)
+
+    def answered(self, method: str, path: str, status: str, seconds: float) -> None:
+        """Count a request; methods, paths and statuses that are not known are counted together as "other"."""
+        path_number = self.paths.get(path, len(self.paths) - 1)
+        number = path_number * len(METHODS) + self.methods.get(method, len(METHODS) - 1)
+        request = number * len(STATUSES) + self.statuses.get(status, len(STATUSES) - 1)
+        took = self.seconds + path_number * (len(SECONDS) + 2)
+        counts, row = self.counts, _row % self.rows * self.width
+        with self.lock:
+            counts[row + request] += 1
+            counts[row + took + bisect_left(SECONDS, seconds)] += 1
+            counts[row + took + len(SECONDS) + 1] += seconds
 
     def scored(self, results: list[tuple[bool, float]]) -> None:
         """Count texts by prediction and propensity."""
-        if _stopped:
-            return
-        spam = sum([prediction for prediction, _ in results])
-        for prediction, texts in ((True, spam), (False, len(results) - spam)):
-            if texts:
-                self.predictions[prediction].inc(texts)
-        for _, propensity in results:
-            self.propensity.observe(propensity)
+        counts, row = self.counts, _row % self.rows * self.width
+        with self.lock:
+            for prediction, propensity in results:
+                counts[row + self.predictions + prediction] += 1
+                counts[row + self.propensities + bisect_left(PROPENSITIES, propensity)] += 1
+                counts[row + self.propensities + len(PROPENSITIES) + 1] += propensity
 
     def exposition(self) -> tuple[bytes, str]:
         """Return the counts and their content type."""
         from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-        from prometheus_client.multiprocess import MultiProcessCollector
 
         registry = CollectorRegistry()
         registry.register(self)
-        if not _stopped:
-            together = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-            registry.register(MultiProcessCollector(None) if together else self.registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Any]:
-        """Yield what holds for the process that answers."""
-        from prometheus_client.core import GaugeMetricFamily
+        """Yield the counts of all processes, and the model of the one that answers."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         model = GaugeMetricFamily("spam_model_info", "The model in use.", labels=("name", "sha256"))
         model.add_metric((self.card["name"], self.card["sha256"]), 1)
         yield model
-        yield GaugeMetricFamily("spam_metrics_stopped", "Whether nothing is counted, for want of space.", int(_stopped))
+        rows = [self.counts[i * self.width : (i + 1) * self.width].tolist() for i in range(self.rows)]
+        counts = [sum(column) for column in zip(*rows, strict=True)]
+
+        requests = CounterMetricFamily("http_requests", "Requests answered.", labels=("method", "path", "status"))
+        labels = ((method, path, status) for path in self.paths for method in METHODS for status in STATUSES)
+        for labelled, count in zip(labels, counts[: self.seconds], strict=True):
+            if count:
+                requests.add_metric(labelled, count)
+        yield requests
+
+        what = "Time to answer a request."
+        seconds = HistogramMetricFamily("http_request_duration_seconds", what, labels=("path",))
+        for path, i in self.paths.items():
+            took = self.seconds + i * (len(SECONDS) + 2)
+            if any(counts[took : took + len(SECONDS) + 2]):
+                seconds.add_metric((path,), *_buckets(counts[took : took + len(SECONDS) + 2], SECONDS))
+        yield seconds
+
+        predictions = CounterMetricFamily("spam_predictions", "Texts scored, by prediction.", labels=("prediction",))
+        for i, prediction in enumerate(PREDICTIONS):
+            predictions.add_metric((prediction,), counts[self.predictions + i])
+        yield predictions
+        propensities = HistogramMetricFamily("spam_propensity", "Propensities of the texts scored.")
+        propensities.add_metric((), *_buckets(counts[self.propensities :], PROPENSITIES))
+        yield propensities
+
+
+def _buckets(counts: list[float], bounds: tuple[float, ...]) -> tuple[list[tuple[str, float]], float]:
+    """Return what Prometheus calls buckets, each of which holds those before it too, and the sum of the values."""
+    *own, total = counts
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(own), strict=True)), total
 
 
 class CountRequests:
@@ -178,18 +144,16 @@ class CountRequests:
 
     def __init__(self, wsgi_app: Callable[..., Iterable[bytes]], metrics: Metrics, paths: Collection[str]):
         """Count what goes through `wsgi_app` into `metrics`, by each of `paths`."""
-        self.wsgi_app, self.metrics, self.paths = wsgi_app, metrics, paths
+        self.wsgi_app, self.metrics = wsgi_app, metrics
+        metrics.begin(paths)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request."""
         started = perf_counter()
 
         def start_and_count(status: str, *args: Any) -> Callable[[bytes], Any]:
-            path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-            path = path if path in self.paths else "other"
-            if not _stopped:
-                self.metrics.requests(method if method in METHODS else "other", path, status[:3]).inc()
-                self.metrics.seconds(path).observe(perf_counter() - started)
+            took = perf_counter() - started
+            self.metrics.answered(environ["REQUEST_METHOD"], environ["PATH_INFO"], status[:3], took)
             return start_response(status, *args)
 
         return self.wsgi_app(environ, start_and_count)

@@ -41,11 +41,11 @@ def serve(load: Callable[[], Any]) -> None:
             serve_alone(load, host, port)
             return
         multiprocessing.set_start_method("fork", force=True)
-        with count_together(2 * workers):  # each may have its successor beside it
-            app = load()
-            address, sockets = listen(host, port, workers)
-            print(f"Serving on http://{address}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
-            Supervisor(sockets, load, app).serve()
+        count_together(2 * workers)  # each may have its successor beside it
+        app = load()
+        address, sockets = listen(host, port, workers)
+        print(f"Serving on http://{address}:{port} with {workers} workers, Ctrl-C to stop", flush=True)
+        Supervisor(sockets, load, app).serve()
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"Cannot serve on {host}: {error}")
 

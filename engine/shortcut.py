@@ -1,16 +1,22 @@
 """The fast way to one endpoint, past Flask's routing and contexts, which take longer than scoring does."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import orjson
+
 FAILURE = "shortcut.failure"
+
+
+def dump(answer: Any) -> bytes:
+    """Return an answer as JSON."""
+    return orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
 
 
 class Shortcut:
     """WSGI middleware that answers the JSON requests to one path itself.
 
-    What it answers is what Flask would, byte for byte and header for header. Where something is wrong with a
+    What it answers is what comes the long way, byte for byte and header for header. Where something is wrong with a
     request, it leaves the exception in the environment under FAILURE and hands over to Flask, which raises it
     and answers what its own error handlers say; the work is not done again.
     """
@@ -41,7 +47,7 @@ class Shortcut:
             return self.wsgi_app(environ, start_response)
         body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
         try:
-            content = json.dumps(self.answer(body), separators=(",", ":")).encode() + b"\n"
+            content = dump(self.answer(body))
         except Exception as error:  # raised again within Flask, which logs what nobody expected
             environ[FAILURE] = error
             return self.wsgi_app(environ, start_response)

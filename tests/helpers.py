@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -127,7 +126,7 @@ def operated(
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a server, and what is left of its workers and its folders."""
+    """End a server, and what is left of its workers."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
@@ -135,8 +134,6 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    for folder in metric_folders(process):
-        shutil.rmtree(folder)
 
 
 def assert_refuses_to_serve(message: str, *command: str, **environment: str) -> None:
@@ -157,11 +154,6 @@ def assert_refuses_to_serve(message: str, *command: str, **environment: str) -> 
     assert log.startswith("Cannot serve")
     assert message in log
     assert log.count("\n") == 1, log
-
-
-def metric_folders(process: subprocess.Popen) -> list[Path]:
-    """Return the folders that a server counts into."""
-    return list(Path("/dev/shm").glob(f"spam-metrics-{process.pid}-*"))
 
 
 def children(process: subprocess.Popen) -> list[int]:

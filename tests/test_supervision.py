@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +24,10 @@ from helpers import (
     counted,
     free_port,
     launched,
-    metric_folders,
     poll,
 )
 
-from engine.saved import MODEL_PATH
+from engine.saved import MODEL_PATH, WEIGHTS, copy_files
 
 pytestmark = pytest.mark.fault
 
@@ -38,10 +36,10 @@ COUNTED = 'http_requests_total{method="POST",path="/score",status="200"}'
 # `python app.py`, for the model in the folder of $MODELS and with other constants of the supervisor.
 PROGRAM = """
 import os, pathlib, app, engine.supervisor
-from engine.saved import load_card, load_model
+from engine.saved import load_card, load_scorer
 saved = pathlib.Path(os.environ["MODELS"], "best_model.joblib")
 {settings}
-app.serve(lambda: app.create_app(load_model(saved), load_card(saved)))
+app.serve(lambda: app.create_app(load_scorer(saved), load_card(saved)))
 """
 
 
@@ -55,9 +53,8 @@ def launched_with(models: Path, settings: str = "", **environment: str):
 
 @pytest.fixture
 def models(tmp_path):
-    """A folder with a copy of the saved model and its card."""
-    for suffix in (".joblib", ".json"):
-        shutil.copy(MODEL_PATH.with_suffix(suffix), tmp_path)
+    """A folder with a copy of the saved model."""
+    copy_files(MODEL_PATH, tmp_path / MODEL_PATH.name)
     return tmp_path
 
 
@@ -138,19 +135,11 @@ def clients(url: str, keep_alive: bool, number: int = 4):
 def test_a_killed_parent_takes_its_workers_with_it():
     port = str(free_port())
     with launched(WORKERS="2", PORT=port) as (process, url):
-        workers, folders = both_workers(process), metric_folders(process)
-        assert folders
+        workers = both_workers(process)
         process.kill()
         poll(lambda: not any(map(is_running, workers)), "the workers to end")
         with launched(WORKERS="2", PORT=port) as (_, url):
             assert score(url)
-            assert not any(folder.exists() for folder in folders)
-
-
-def test_the_folder_of_another_server_is_left_alone():
-    with launched(WORKERS="1") as (first, url), launched(WORKERS="1"):
-        assert metric_folders(first)
-        assert score(url)
 
 
 # Workers
@@ -163,8 +152,6 @@ def test_workers_that_die_one_after_the_other_are_replaced():
             kill_workers(process)
         exposition = requests.get(f"{url}/metrics", timeout=5).text
         assert counted(exposition, COUNTED) == 3  # by workers of which none is there any more
-        # Files of two kinds, for two workers, their successors and the parent.
-        assert len(list(metric_folders(process)[0].iterdir())) == 2 * 5
 
 
 def test_a_worker_that_dies_at_once_is_not_started_without_a_pause(models):
@@ -235,7 +222,7 @@ def test_a_new_model_comes_with_a_worker_for_one_that_is_lost(models):
 def test_a_bad_model_is_refused_and_the_old_one_goes_on(models):
     with launched_with(models) as (process, url):
         workers = both_workers(process)
-        change_card(models, sha256="0")
+        change_card(models, weights={"sha256": "0"})
         process.send_signal(signal.SIGHUP)
         reader, log = process.stdout.fileno(), []
         os.set_blocking(reader, False)
@@ -255,12 +242,13 @@ def test_a_bad_model_is_refused_and_the_old_one_goes_on(models):
         assert lines[1].endswith("run train.ipynb again, or restore both")
 
 
-def test_another_pickle_is_refused_at_start(models):
+def test_another_file_is_refused_at_start(models):
     content = pickle.dumps({"not": "a model"})
-    (models / "best_model.joblib").write_bytes(content)
-    change_card(models, sha256=hashlib.sha256(content).hexdigest())
+    (models / MODEL_PATH.name).with_suffix(WEIGHTS).write_bytes(content)
+    change_card(models, weights={"sha256": hashlib.sha256(content).hexdigest()})
     program = PROGRAM.format(settings="")
-    assert_refuses_to_serve("does not hold a model", sys.executable, "-c", program, MODELS=str(models))
+    message = "does not hold the weights of a model"
+    assert_refuses_to_serve(message, sys.executable, "-c", program, MODELS=str(models))
 
 
 # Connections
@@ -291,16 +279,17 @@ def test_ready_turns_first(models):
 
 
 def test_a_stalled_client_does_not_hold_up_the_end(models):
-    with launched_with(models, "engine.supervisor.DRAIN = 2", WORKERS="1") as (process, url):
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled:
-            stalled.sendall(UNFINISHED)
-            assert score(url)
-            begun = time.monotonic()
-            process.terminate()
-            assert process.wait(timeout=30) == 0
-            # A request that the server has yet to answer is given that time, and it cannot tell the two apart.
-            assert 3 <= time.monotonic() - begun < 8
-        assert not metric_folders(process)
+    with (
+        launched_with(models, "engine.supervisor.DRAIN = 2", WORKERS="1") as (process, url),
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stalled,
+    ):
+        stalled.sendall(UNFINISHED)
+        assert score(url)
+        begun = time.monotonic()
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+        # A request that the server has yet to answer is given that time, and it cannot tell the two apart.
+        assert 3 <= time.monotonic() - begun < 8
 
 
 def test_ctrl_c_in_a_terminal_is_a_quick_end():
@@ -325,66 +314,7 @@ def test_a_port_that_another_has_on_all_addresses_is_refused(taken, host):
         assert_refuses_to_serve("Address already in use", HOST=host, PORT=port, WORKERS="1")
 
 
-# The folder of counts
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def fill(place: Path) -> None:
-    """Leave no space on a file system."""
-    with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-
-
-def test_a_full_disk_at_start_stops_the_counts_and_not_the_service(small_disk):
-    fill(small_disk)
-    with launched(WORKERS="2", PROMETHEUS_MULTIPROC_DIR=str(small_disk)) as (process, url):
-        for _ in range(10):
-            assert score(url)
-        exposition = requests.get(f"{url}/metrics", timeout=5).text
-        assert counted(exposition, "spam_metrics_stopped") == 1
-        assert "http_requests" not in exposition
-        assert [path.name for path in small_disk.iterdir()] == ["filler"]
-        log = read_log(process)
-    assert "Nothing is counted for /metrics, only scored: [Errno 28] No space left on device" in log
-    assert log.count("\n") == 2
-
-
-def test_a_disk_that_is_full_later_stops_nothing(small_disk):
-    with launched(WORKERS="2", PROMETHEUS_MULTIPROC_DIR=str(small_disk)) as (process, url):
-        fill(small_disk)
-        kill_workers(process)
-        for path in ("/", "/docs", "/health", "/made/up"):
-            requests.get(f"{url}{path}", timeout=5)
-        for _ in range(10):
-            assert score(url)
-        exposition = requests.get(f"{url}/metrics", timeout=5).text
-        assert counted(exposition, "spam_metrics_stopped") == 0
-        assert counted(exposition, COUNTED) == 10
-        assert read_log(process).count("Nothing is counted") == 0
-
-
-def test_a_worker_without_its_folder_scores_on(tmp_path):
-    with launched(WORKERS="1", PROMETHEUS_MULTIPROC_DIR=str(tmp_path)) as (process, url):
-        (folder,) = tmp_path.iterdir()
-        shutil.rmtree(folder)
-        (lost,) = children(process)
-        os.kill(lost, signal.SIGKILL)
-        poll(lambda: set(children(process)) - {lost}, "a new worker")
-        assert score(url)
-        assert counted(requests.get(f"{url}/metrics", timeout=5).text, "spam_metrics_stopped") == 1
-        assert read_log(process).count("Nothing is counted for /metrics, only scored: ") == 1
+# Another system
 
 
 def test_another_system_serves_by_one_process():
