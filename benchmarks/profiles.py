@@ -36,9 +36,9 @@ def run_notebook(name: str) -> None:
 
 def score_messages() -> None:
     """Score messages one by one, as the service does."""
-    from score import load_card, load_model, score
+    from score import load_card, load_scorer, score
 
-    model, threshold = load_model(), load_card()["threshold"]
+    model, threshold = load_scorer(), load_card()["threshold"]
     texts = pd.read_csv("data/test.csv", keep_default_na=False)["text"]
     for i in range(SCORED):
         score(texts[i % len(texts)], model, threshold)

@@ -97,8 +97,7 @@ class LinearVectorizer:
         """
         # From 1, so that what is no term can be filtered out as false.
         self.index = {term: i for i, term in enumerate(terms, 1)}
-        same: dict[float, float] = {}  # few squares differ, so few numbers have to be kept
-        self.weight, self.square = [0.0, *weights], [0.0, *(same.setdefault(square, square) for square in squares)]
+        self.weight, self.square = [0.0, *weights], [0.0, *squares]
         self.analyzer, self.preprocess, self.frequency, self.normalises = analyzer, preprocess, frequency, normalises
         self.min_n, self.max_n = ngrams
         self.token = re.compile(pattern) if analyzer == "word" else None

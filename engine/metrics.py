@@ -14,6 +14,9 @@ from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 PROPENSITIES = tuple(tenth / 10 for tenth in range(1, 11))
 PREDICTIONS = ("ham", "spam")
@@ -90,16 +93,12 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """Return the counts and their content type."""
-        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Any]:
         """Yield the counts of all processes, and the model of the one that answers."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-
         model = GaugeMetricFamily("spam_model_info", "The model in use.", labels=("name", "sha256"))
         model.add_metric((self.card["name"], self.card["sha256"]), 1)
         yield model
