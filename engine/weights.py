@@ -40,8 +40,8 @@ def write_weights(model: LinearModel) -> bytes:
                 "frequency": vectorizer.frequency,
                 "normalises": vectorizer.normalises,
                 "terms": list(vectorizer.index),
-                "weights": vectorizer.weight[1:],
-                "squares": vectorizer.square[1:],
+                "weights": vectorizer.weight[1:].tolist(),
+                "squares": vectorizer.square[1:].tolist(),
             }
             for vectorizer in model.vectorizers
         ],
