@@ -247,7 +247,7 @@ def test_code_has_every_module(page):
     pages = [page(name) for name in ("docs/code", "docs/code-engine", "docs/code-operations")]
     assert names <= {title.text for of in pages for title in of.select("h2 code")}
     assert pages[0].find(id="score.score")
-    assert pages[1].find(id="engine.linear.find_folded")
+    assert pages[1].find(id="engine.folding.find_folded")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
