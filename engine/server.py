@@ -20,6 +20,7 @@ from engine.metrics import count_together
 from engine.supervisor import BACKLOG, DRAIN, THREADS, Supervisor
 
 LINUX = sys.platform == "linux"
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the control group of a container: microseconds, of how many
 
 
 def serve(load: Callable[[], Any]) -> None:
@@ -62,7 +63,7 @@ def count_cores() -> int:
     """Return how many cores this process may use: those it is bound to, within the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()
     with suppress(OSError, ValueError):  # no control group of version 2, or one without a quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = QUOTA.read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
 

@@ -23,6 +23,8 @@ from helpers import (
     poll,
 )
 
+from engine import server as server_module
+
 SPAM, HAM = SPAM[0], HAM[0]
 
 
@@ -151,6 +153,18 @@ def test_a_lost_worker_is_replaced():
         poll(lambda: len(set(children(process)) - {lost}) == 2, "a new worker")
         poll(lambda: answers(url), "the server to answer")
         assert requests.post(f"{url}/score", json={"text": HAM}, timeout=5).ok
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000\n", 4), ("800000 100000\n", 4), ("150000 100000\n", 2), ("50000 100000\n", 1), ("", 4), (None, 4)],
+)
+def test_cores_are_those_that_the_container_may_use(quota, cores, tmp_path, monkeypatch):
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(server_module, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert server_module.count_cores() == cores
 
 
 def test_a_port_in_use_is_refused(server):
