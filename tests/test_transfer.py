@@ -89,6 +89,20 @@ def small_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tracked(small_run):
+    """Metrics of the runs that the tracker holds, by experiment and name."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
+    names = ("duck-chicken", "tweet-sentiment")
+    experiments = {name: client.get_experiment_by_name(name).experiment_id for name in names}
+    return {
+        name: {run.info.run_name: run.data.metrics for run in client.search_runs([number])}
+        for name, number in experiments.items()
+    }
+
+
 def report_rows(text):
     """Return the classes that have a row in a classification report within `text`."""
     rows = [line.split() for line in text.splitlines()]
@@ -123,19 +137,6 @@ class TestSmallRun:
         predicted = Counter(notebook.predict_photo(file, model, size)[0] for file in ducks)
         assert size == SMALL["photo_size"]
         assert predicted["duck"] > 0.8 * len(ducks)
-
-    @pytest.fixture(scope="class")
-    def tracked(self, small_run):
-        """Metrics of the runs that the tracker holds, by experiment and name."""
-        import mlflow
-
-        client = mlflow.MlflowClient(f"sqlite:///{small_run / 'mlflow.db'}")
-        names = ("duck-chicken", "tweet-sentiment")
-        experiments = {name: client.get_experiment_by_name(name).experiment_id for name in names}
-        return {
-            name: {run.info.run_name: run.data.metrics for run in client.search_runs([number])}
-            for name, number in experiments.items()
-        }
 
     def test_every_model_is_tracked(self, tracked):
         assert tracked["duck-chicken"].keys() == PHOTO_STRATEGIES
