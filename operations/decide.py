@@ -7,6 +7,7 @@ from sklearn.base import BaseEstimator
 
 from engine.experiment import assigner
 from engine.fields import LONGEST_TEXT
+from engine.linear import LinearModel
 from engine.saved import MODEL_PATH
 from operations.spool import LONGEST_ADDRESS, LONGEST_NAME
 from operations.store import STATE
@@ -20,7 +21,7 @@ LONGEST |= {"region": LONGEST_NAME, "language": LONGEST_NAME, "text": LONGEST_TE
 class Decider:
     """A model, and what the operator does about its scores."""
 
-    def __init__(self, model: BaseEstimator, card: dict[str, Any], params: dict[str, Any]):
+    def __init__(self, model: BaseEstimator | LinearModel, card: dict[str, Any], params: dict[str, Any]):
         """Decide with a model.
 
         Args:

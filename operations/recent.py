@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sklearn.base import BaseEstimator
 
+from engine.linear import LinearModel
 from operations.store import (
     WORKERS,
     day_of,
@@ -35,7 +36,9 @@ MOST_WORDS = 5  # that explain a takedown
 MOST_EXPLAINED = 20_000  # characters of all texts of a list
 
 
-def list_takedowns(engine: sa.Engine, limit: int, model: BaseEstimator, sha256: str) -> list[dict[str, Any]]:
+def list_takedowns(
+    engine: sa.Engine, limit: int, model: BaseEstimator | LinearModel, sha256: str
+) -> list[dict[str, Any]]:
     """Return the messages that were taken down last.
 
     Args:
@@ -59,7 +62,7 @@ def list_takedowns(engine: sa.Engine, limit: int, model: BaseEstimator, sha256: 
     return found
 
 
-def strongest_words(text: str, model: BaseEstimator) -> list[dict[str, Any]] | None:
+def strongest_words(text: str, model: BaseEstimator | LinearModel) -> list[dict[str, Any]] | None:
     """Return the words that pushed a text most towards spam, with the log-odds they added; None of a model that
     cannot tell."""
     added = explain(text, model)

@@ -7,6 +7,7 @@ from flask import Response, abort, url_for
 from sklearn.base import BaseEstimator
 
 from engine.fields import refuse_long
+from engine.linear import LinearModel
 from operations import jobs, recent, schemas
 from operations.access import Routes
 from operations.gauges import exposition
@@ -17,7 +18,9 @@ NUMBER = f"<int(max={schemas.LARGEST_ID}):"  # of a job or a model
 ON_ITS_WAY = 600 * SECOND  # for which a message may be unknown to the store that was scored
 
 
-def make_routes(engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], keeps_texts: bool, token: str) -> Routes:
+def make_routes(
+    engine: sa.Engine, model: BaseEstimator | LinearModel, card: dict[str, Any], keeps_texts: bool, token: str
+) -> Routes:
     """Return the operator's routes.
 
     Args:

@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from sklearn.base import BaseEstimator
 
 from engine.fields import LONGEST_TEXT
+from engine.linear import LinearModel
 from engine.saved import MODEL_PATH, load_card, load_scorer
 from operations.archive import MANIFEST
 from operations.parts import ROWS, Part, Source, find_sources, read
@@ -139,7 +140,7 @@ def _is_id(value: Any) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _load(run: Run) -> BaseEstimator:
+def _load(run: Run) -> BaseEstimator | LinearModel:
     """Return the model of a run, which each worker's machine must have."""
     path = ROOT / run.model
     model = load_scorer(path)

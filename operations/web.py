@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app import create_app
 from engine.files import write
+from engine.linear import LinearModel
 from engine.server import read_environment, serve
 from operations.access import reason
 from operations.promotion import find_candidate, first_model, model_path
@@ -43,7 +44,11 @@ class OperationsApi(Api):
 
 
 def create_operations_app(
-    engine: sa.Engine, model: BaseEstimator, card: dict[str, Any], recorder: Recorder, token: str | None = None
+    engine: sa.Engine,
+    model: BaseEstimator | LinearModel,
+    card: dict[str, Any],
+    recorder: Recorder,
+    token: str | None = None,
 ) -> Flask:
     """Make the operator's application.
 
@@ -107,7 +112,7 @@ def load() -> Flask:
     return create_operations_app(engine, model, card, recorder, token)
 
 
-def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator, dict[str, Any]] | None:
+def load_candidate(engine: sa.Engine) -> tuple[BaseEstimator | LinearModel, dict[str, Any]] | None:
     """Return the newest candidate with its card; None where there is none, or none that can be loaded."""
     candidate = find_candidate(engine)
     if not candidate:
