@@ -1,6 +1,8 @@
 """The transfer-learning notebook: its functions, and the whole of it run small."""
 
 import importlib.util
+import itertools
+import json
 import os
 import re
 import threading
@@ -540,6 +542,17 @@ class TestTweets:
         assert 0 < gain["low"] < gain["difference"] < gain["high"] < 0.1
         assert gain["high"] - gain["low"] == pytest.approx(4 * (0.05 * 0.95 / 1000) ** 0.5, rel=0.2)
         assert notebook.paired_difference(labels, reference, reference, 0)["high"] == 0
+
+
+def test_headings_are_one_tree():
+    """So that a page of the documentation has one title, and its sections stand below it."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
+    depths = [len(marks) for marks in re.findall(r"(?m)^(#+) ", text)]
+    assert depths[0] == 1
+    assert depths.count(1) == 1
+    assert all(depth <= above + 1 for above, depth in itertools.pairwise(depths))
 
 
 def test_colab_installs_what_the_requirements_pin():
