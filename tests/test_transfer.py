@@ -21,6 +21,7 @@ TWEET_MODELS = {
     "tf-idf + logistic",
     "frozen + logistic",
     "last layer tuned",
+    "LoRA",
     "whole network tuned",
     "random weights",
 }
@@ -167,7 +168,8 @@ class TestSmallRun:
         tweets = {name: metrics["trainable_parameters"] for name, metrics in tracked["tweet-sentiment"].items()}
         assert tweets["majority"] == 0
         assert tweets["frozen + logistic"] == 3 * 384
-        assert tweets["last layer tuned"] < tweets["whole network tuned"] == tweets["random weights"]
+        assert tweets["LoRA"] == 6 * 2 * 2 * 8 * 384 + 3 * 384 + 3  # two thin matrices beside two of each of six layers
+        assert tweets["LoRA"] < tweets["last layer tuned"] < tweets["whole network tuned"] == tweets["random weights"]
 
     def test_onnx_answers_as_pytorch_and_int8_is_a_quarter(self, small_run):
         text = printed(small_run / "build/transfer_learning.ipynb")
@@ -512,24 +514,55 @@ class TestTweets:
         assert weights[0].shape == weights[1].shape
         assert not torch.allclose(*weights)
 
-    def test_averaged_weights_are_evaluated_and_the_last_ones_trained_on(self, notebook):
+    @pytest.fixture
+    def encode(self, notebook, source):
+        """A function that makes a Dataset of so many tweets of each sentiment."""
+        import pandas as pd
+
+        words = {"negative": "sad", "neutral": "here", "positive": "happy"}
+
+        def make(count):
+            rows = [(f"I am {word} today {index}", name) for index in range(count) for name, word in words.items()]
+            return notebook.tokenize(pd.DataFrame(rows, columns=["text", "sentiment"]), tokenizer, 96)
+
+        tokenizer = notebook.load_tokenizer(source)
+        return make
+
+    def test_train_and_validation_are_measured_alike(self, notebook, source, encode, tmp_path):
         import torch
 
-        model = torch.nn.Linear(1, 1, bias=False)
-        average = notebook.AveragedWeights(0.5)
-        evaluate, go_on = (types.SimpleNamespace(should_evaluate=now, should_log=False) for now in (True, False))
-        state = types.SimpleNamespace(epoch=0.5)
-        torch.nn.init.constant_(model.weight, 1.0)
-        average.on_train_begin(None, None, None, model)
-        for weight, control in ((1.0, go_on), (3.0, evaluate)):
-            torch.nn.init.constant_(model.weight, weight)
-            average.on_step_end(None, state, control, model)
-        share = (1 + 1) / (10 + 1)  # of the old average after one step
-        assert model.weight.item() == pytest.approx(share * 1 + (1 - share) * 3)
-        assert average.snapshots[0.5]["averaged"]["weight"].item() == pytest.approx(model.weight.item())
-        assert average.snapshots[0.5]["last"]["weight"].item() == 3
-        average.on_step_begin(None, state, go_on, model)
-        assert model.weight.item() == 3
+        notebook.transformers.set_seed(0)
+        model, tokenizer = notebook.build_text_model(source), notebook.load_tokenizer(source)
+        parts = {"train": encode(8), "sample": encode(4), "validation": encode(4)}
+        arguments = notebook.training_arguments(tmp_path, 1, 4, 1e-4, 24, 0)
+        history, _ = notebook.tune_tweets(model, parts, tokenizer, arguments)
+        assert history.index.tolist() == pytest.approx([1 / 3, 2 / 3, 1])
+        assert history["train_loss"].tolist() == history["validation_loss"].tolist()
+        logits = torch.from_numpy(notebook.predict_tweets(model, tokenizer, parts["validation"], tmp_path))
+        labels = torch.tensor(list(parts["validation"]["labels"]))
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=notebook.SMOOTHING)
+        best = history.loc[history["validation_macro_f1"].idxmax()]
+        assert loss.item() == pytest.approx(best["validation_loss"], abs=0.01)
+        assert (logits.argmax(dim=1) == labels).float().mean().item() == pytest.approx(best["validation_accuracy"])
+
+    def test_adapters_learn_alone_and_are_merged(self, notebook, source, encode, tmp_path):
+        import numpy as np
+        import torch
+
+        model, tokenizer = notebook.build_text_model(source, rank=8), notebook.load_tokenizer(source)
+        free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name for name in free if ".lora_" not in name} == {"head.weight", "head.bias"}
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        before = notebook.predict_tweets(model, tokenizer, encode(2), tmp_path)
+        merged = notebook.merge_adapters(model)
+        trained, plain = merged.transformer.state_dict(), notebook.TweetClassifier(source).transformer.state_dict()
+        assert trained.keys() == plain.keys()
+        changed = {name for name, weights in trained.items() if not torch.equal(weights, plain[name])}
+        assert {name.split(".")[-2] for name in changed} == {"query", "value"}
+        after = notebook.predict_tweets(merged, tokenizer, encode(2), tmp_path)
+        np.testing.assert_allclose(before, after, atol=0.05)
 
     def test_difference_is_paired(self, notebook):
         import numpy as np
