@@ -368,6 +368,12 @@ class TestBadInput:
             notebook.load_tweets(tmp_path)
 
 
+def test_texts_that_are_tested_are_not_learned(notebook, tmp_path):
+    train, test = notebook.load_tweets(write_tweets(tmp_path / "tweets", 6))
+    assert "the same café in both" in set(test["text"])
+    assert not set(train["text"]) & set(test["text"])
+
+
 def test_texts_stay_texts(notebook, tmp_path):
     (tmp_path / "train.csv").write_bytes("text,sentiment\r\nNA,neutral\r\n caf\xe9 ,positive\r\n".encode("cp1252"))
     assert notebook.read_tweets(tmp_path / "train.csv")["text"].tolist() == ["NA", "café"]
