@@ -6,7 +6,7 @@ vector. The last two factors of each term never change after training, so they a
 dictionary. A message then takes one look-up and one addition for each term, where `predict_proba` builds and
 checks a sparse matrix of one row.
 
-Two more savings. The terms of a word are the same wherever it stands, so the sums of words seen before are
+Two more savings. The terms of a word are the same wherever it stands, so the sums of words that come again are
 remembered, and only the pairs of neighbouring words are looked up anew. And because the log-odds are a sum,
 each character of a message can be told what it added to them.
 
@@ -29,7 +29,8 @@ from engine.text import normalise, origins, plain
 # What is the same in a word alone as in the middle of a text: tokens, and what may be done to a text before.
 WORDWISE_PATTERNS = {r"(?u)\b\w\w+\b", r"(?u)\b\w+\b", r"(?u)\w+|[^\w\s]"}
 WORDWISE_PREPROCESSING: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower, "plain": plain}
-WORDS_REMEMBERED = 2**15
+# Half a KB each. One that comes for the first time is only noted: most such words are numbers, names and slips.
+WORDS_REMEMBERED, WORDS_NOTED = 2**14, 2**14
 LONGEST_WORD_REMEMBERED = 32  # characters; longer ones, links mostly, seldom come again
 NOTHING: Mapping[str, int] = {}
 
@@ -261,7 +262,8 @@ class LinearModel:
         self.vectorizers = vectorizers
         self.whole = [vectorizer for vectorizer in vectorizers if not vectorizer.is_wordwise]
         self.wordwise = [vectorizer for vectorizer in vectorizers if vectorizer.is_wordwise]
-        self.remembered_word = lru_cache(WORDS_REMEMBERED)(self._word)
+        self.remembered: dict[str, tuple[Any, ...]] = {}
+        self.noted: set[str] = set()
         self.intercept = intercept
 
     def propensity(self, text: str) -> float:
@@ -274,13 +276,8 @@ class LinearModel:
         words = text.split()
         if words and self.wordwise:
             # Most words of a language come again and again.
-            columns = zip(
-                *[
-                    self.remembered_word(word) if len(word) <= LONGEST_WORD_REMEMBERED else self._word(word)
-                    for word in words
-                ],
-                strict=True,
-            )
+            remembered = self.remembered.get
+            columns = zip(*[remembered(word) or self._look_up(word) for word in words], strict=True)
             for vectorizer in self.wordwise:
                 terms = list(chain.from_iterable(next(columns)))
                 dot, square, firsts, followers = sum(next(columns)), sum(next(columns)), next(columns), next(columns)
@@ -291,11 +288,19 @@ class LinearModel:
                 log_odds += vectorizer.log_odds(terms, dot, square)
         return logistic(log_odds)
 
-    def _word(self, word: str) -> tuple[Any, ...]:
-        """Return the known terms, sums and ends of a word, of one vectorizer after another."""
+    def _look_up(self, word: str) -> tuple[Any, ...]:
+        """Return the known terms, sums and ends of a word, of one vectorizer after another; remember it if noted."""
         known = []
         for vectorizer in self.wordwise:
             known += vectorizer.known_terms_of_word(word)
+        if word in self.noted:
+            if len(self.remembered) >= WORDS_REMEMBERED:
+                self.remembered.clear()
+            self.remembered[word] = tuple(known)
+        elif len(word) <= LONGEST_WORD_REMEMBERED:
+            if len(self.noted) >= WORDS_NOTED:
+                self.noted.clear()
+            self.noted.add(word)
         return tuple(known)
 
     def contributions(self, text: str) -> list[float]:

@@ -1,6 +1,7 @@
 """The fast way to one endpoint, past Flask's routing and contexts, which take longer than scoring does."""
 
 from collections.abc import Callable, Iterable, Mapping
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -19,6 +20,9 @@ class Shortcut:
     What it answers is what comes the long way, byte for byte and header for header. Where something is wrong with a
     request, it leaves the exception in the environment under FAILURE and hands over to Flask, which raises it
     and answers what its own error handlers say; the work is not done again.
+
+    One request is answered at a time. The interpreter does no more anyway, and of many threads that wait for it each
+    wakes up after every slice to ask for it, which after a stall costs more than the answers do.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class Shortcut:
             largest_body: in bytes; a larger one, or one of unstated length, takes the long way.
         """
         self.wsgi_app, self.path, self.answer, self.largest_body = wsgi_app, path, answer, largest_body
-        self.headers = list(headers.items())
+        self.headers, self.turn = list(headers.items()), Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request."""
@@ -47,7 +51,8 @@ class Shortcut:
             return self.wsgi_app(environ, start_response)
         body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
         try:
-            content = dump(self.answer(body))
+            with self.turn:
+                content = dump(self.answer(body))
         except Exception as error:  # raised again within Flask, which logs what nobody expected
             environ[FAILURE] = error
             return self.wsgi_app(environ, start_response)

@@ -20,7 +20,7 @@ from werkzeug.exceptions import ServiceUnavailable
 DEADLINE = 5  # seconds from the arrival of a request
 MOST_WAITING = 16  # pieces of work in each process
 RETRY_AFTER = 1  # seconds
-SLICE = 0.0005  # seconds that heavy work keeps the interpreter once a light request wants it
+SLICE = 0.002  # seconds that heavy work keeps the interpreter once a light request wants it; below, waiting costs more
 NICENESS = 10
 YOUNG = (700, 10, 10**9)  # as Python has them, but the oldest generation is never collected
 

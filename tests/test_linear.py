@@ -261,14 +261,24 @@ def test_explanation_is_placed_where_lower_case_is_longer(vectorizer):
     assert sum(explain(text, model)) > 0
 
 
-def test_one_long_word_does_not_switch_the_memory_off():
+def test_a_word_that_comes_again_is_remembered():
     model = fit(TfidfVectorizer(token_pattern=r"(?u)\b\w+\b"))
-    remembered = folding.find_folded(model).remembered_word
-    score("a message with http://" + "x" * 40, model, 0.5)
-    before = remembered.cache_info()
-    score("a message with http://" + "y" * 40, model, 0.5)
-    after = remembered.cache_info()
-    assert (after.hits - before.hits, after.misses - before.misses) == (3, 0)
+    remembered, text = folding.find_folded(model).remembered, "zorp blick " + "x" * 40
+    score(text, model, 0.5)
+    assert not remembered.keys() & set(text.split())
+    score(text, model, 0.5)
+    assert remembered.keys() & set(text.split()) == {"zorp", "blick"}  # links are long, and seldom come again
+
+
+def test_the_memory_of_words_has_an_end(monkeypatch):
+    monkeypatch.setattr(linear, "WORDS_REMEMBERED", 5)
+    monkeypatch.setattr(linear, "WORDS_NOTED", 7)
+    model = fit(TfidfVectorizer())
+    folded, most = folding.find_folded(model), [0, 0]
+    for text in [*TEXTS, *TEXTS, "win WIN win your prize", *TEXTS]:
+        assert_equal_to_sklearn(model, [text])
+        most = [max(most[0], len(folded.remembered)), max(most[1], len(folded.noted))]
+    assert most == [5, 7]
 
 
 def test_a_fold_that_gives_something_else_is_not_used(monkeypatch):
