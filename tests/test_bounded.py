@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from werkzeug.test import encode_multipart
 import app as service
 from app import create_app
 from engine.fields import LONGEST_BATCH, LONGEST_TEXT, SMALL_BODY
+from engine.shortcut import Shortcut
 from engine.text import normalise
 from engine.work import DEADLINE, Queue
 
@@ -326,3 +328,29 @@ print(gc.get_stats()[2]["collections"] - before)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+def test_small_requests_are_answered_one_at_a_time():
+    """Threads that wait for the interpreter wake each other up: at the operator's peak that took half a second."""
+    inside, most, both_have_read = 0, 0, threading.Barrier(2)
+
+    def answer(body):
+        nonlocal inside, most
+        inside, most = inside + 1, max(most, inside + 1)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.2)  # for another one, which must not come
+        inside -= 1
+        return {}
+
+    class Body(io.BytesIO):
+        def read(self, *args):
+            both_have_read.wait(10)
+            return super().read(*args)
+
+    together, app = threading.Barrier(2), Shortcut(None, "/score", answer, {}, 100)
+    request = {"PATH_INFO": "/score", "REQUEST_METHOD": "POST", "CONTENT_TYPE": "application/json"}
+    environs = [request | {"CONTENT_LENGTH": "2", "wsgi.input": Body(b"{}")} for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(lambda environ: app(environ, lambda *_: None), environs))
+    assert answers == [[b"{}\n"], [b"{}\n"]]
+    assert most == 1
