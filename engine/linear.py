@@ -290,18 +290,16 @@ class LinearModel:
 
     def _look_up(self, word: str) -> tuple[Any, ...]:
         """Return the known terms, sums and ends of a word, of one vectorizer after another; remember it if noted."""
-        known = []
-        for vectorizer in self.wordwise:
-            known += vectorizer.known_terms_of_word(word)
+        known = tuple(chain.from_iterable(vectorizer.known_terms_of_word(word) for vectorizer in self.wordwise))
         if word in self.noted:
             if len(self.remembered) >= WORDS_REMEMBERED:
                 self.remembered.clear()
-            self.remembered[word] = tuple(known)
+            self.remembered[word] = known
         elif len(word) <= LONGEST_WORD_REMEMBERED:
             if len(self.noted) >= WORDS_NOTED:
                 self.noted.clear()
             self.noted.add(word)
-        return tuple(known)
+        return known
 
     def contributions(self, text: str) -> list[float]:
         """Return what each character adds to the log-odds."""
